@@ -1,0 +1,62 @@
+"""How a stage's process ends: asked to stop, or orphaned by the run that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Final
+
+RUN_PID_VARIABLE: Final = "KUBEGRAFT_RUN_PID"
+_POLL_SECONDS: Final = 0.5
+ORPHANED_EXIT_CODE: Final = 75
+_stop = threading.Event()
+
+
+def catch_stop_signals() -> None:
+    """Turn SIGTERM into a flag, so that training can save a checkpoint first (see `stop_requested`)."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+
+
+def stop_requested() -> bool:
+    """Return whether this process was asked to stop."""
+    return _stop.is_set()
+
+
+def end_with_run() -> None:
+    """End this process when the run named in `KUBEGRAFT_RUN_PID` is gone; without that variable do nothing.
+
+    `kfp.local` starts each stage behind a shell, so a killed run would leave its stage training on and
+    holding its lock. The work directory is written so that it can be left at any moment.
+    """
+    run_pid = os.environ.get(RUN_PID_VARIABLE)
+    if not run_pid:
+        return
+    threading.Thread(target=_follow, args=(int(run_pid),), daemon=True, name="end-with-run").start()
+
+
+def _follow(pid: int) -> None:
+    started = _start_time(pid)
+    while started is not None and _start_time(pid) == started:
+        time.sleep(_POLL_SECONDS)
+    os._exit(ORPHANED_EXIT_CODE)
+
+
+def _start_time(pid: int) -> str | None:
+    """Return something that changes when `pid` is reused, or None when no live process has it."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:  # noqa: PTH123
+            fields = stat.read().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    except FileNotFoundError:
+        if os.path.isdir("/proc/self"):  # noqa: PTH112 - Linux: the process is gone
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "alive"
