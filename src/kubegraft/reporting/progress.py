@@ -1,0 +1,92 @@
+"""How far a stage is: a bar in a terminal, a line every ten seconds in a log."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from kubegraft.reporting.events import LOG_FORMAT_VARIABLE, log_event
+
+_LINE_SECONDS: Final = 10.0
+_BAR_SECONDS: Final = 0.1
+_BAR_WIDTH: Final = 24
+
+
+class Progress:
+    """Counts towards a total; use as a context manager.
+
+    Example:
+        with Progress("ingest", len(paths), "images") as progress:
+            for path in paths:
+                progress.update(bad=num_bad)
+    """
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        """Count `total` things of `unit` (plural) for `stage`; a total of 0 means it is not known."""
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done = 0
+        self._shown: dict[str, object] = {}
+        self._started = self._last = time.monotonic()
+        self._bar = sys.stderr.isatty() and os.environ.get(LOG_FORMAT_VARIABLE) != "json"
+        self._interval_seconds = _BAR_SECONDS if self._bar else _LINE_SECONDS
+
+    def update(self, num_done: int = 1, **shown: object) -> None:
+        """Count `num_done` more; `shown` are details beside the count, for example `loss=0.31`."""
+        self.done += num_done
+        self._shown.update(shown)
+        now = time.monotonic()
+        if now - self._last >= self._interval_seconds:
+            self._last = now
+            self._show(now)
+
+    def __enter__(self) -> Self:
+        """Start the clock."""
+        self._started = self._last = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar off the line, so that what follows starts on a clean one."""
+        if self._bar:
+            self._write("")
+
+    def _show(self, now: float) -> None:
+        rate = self.done / max(now - self._started, 1e-9)
+        if self._bar:
+            self._write(self._line(rate))
+            return
+        total = {"of": self.total} if self.total else {}
+        fields = {self.unit: self.done, **total, "per_second": round(rate, 1), **self._shown}
+        log_event(self.stage, "progress", **fields)
+
+    def _line(self, rate: float) -> str:
+        details = "".join(
+            f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}"
+            for name, value in self._shown.items()
+        )
+        if not self.total:
+            return f"{self.stage}  {self.done} {self.unit}  {rate:.0f}/s{details}"
+        fraction = min(self.done / self.total, 1.0)
+        filled = round(fraction * _BAR_WIDTH)
+        bar = "━" * filled + "╌" * (_BAR_WIDTH - filled)
+        left_seconds = (self.total - self.done) / rate if rate else 0
+        return (
+            f"{self.stage}  {bar} {fraction:4.0%}  {self.done}/{self.total} {self.unit}  "
+            f"{_clock(left_seconds)} left{details}"
+        )
+
+    @staticmethod
+    def _write(line: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write("\r\x1b[K" + line[:width])
+        sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    return f"{minutes}:{rest:02d}"
