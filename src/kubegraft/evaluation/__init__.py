@@ -1,0 +1,1 @@
+"""How good a trained classifier is on images it never saw."""
