@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from kubegraft.errors import ConfigError, suggestion
 
@@ -340,3 +341,24 @@ class ExportConfig(StageConfig):
             raise ConfigError("`formats` must name at least one format. Received: formats=[].")
         for name in self.formats:
             _one_of("formats", name, EXPORT_FORMATS)
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def from_arguments(config_type: type[Config], arguments: Mapping[str, Any]) -> Config:
+    """Return a config made of those `arguments` that are its fields; every field must be among them.
+
+    For adapters whose function arguments have the names of the fields: `from_arguments(HeadConfig, locals())`.
+
+    Raises:
+        ConfigError: If a field is missing, so that no default applies unseen, or a value breaks its rule.
+    """
+    names = [field.name for field in dataclasses.fields(config_type)]
+    missing = [name for name in names if name not in arguments]
+    if missing:
+        raise ConfigError(
+            f"`{missing[0]}` must be given for {config_type.__name__}. Received: arguments "
+            f"{sorted(arguments)!r}, without {missing!r}. Pass every field by name."
+        )
+    return config_type(**{name: arguments[name] for name in names})

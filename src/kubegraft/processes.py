@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
+from kubegraft.errors import KubegraftError
+
+WORK_DIR_VARIABLE: Final = "KUBEGRAFT_WORK_DIR"
+ERROR_FILE: Final = "error.json"
 RUN_PID_VARIABLE: Final = "KUBEGRAFT_RUN_PID"
 _POLL_SECONDS: Final = 0.5
 ORPHANED_EXIT_CODE: Final = 75
@@ -60,3 +70,30 @@ def _start_time(pid: int) -> str | None:
     except PermissionError:
         pass
     return "alive"
+
+
+@contextlib.contextmanager
+def exit_on_error(stage: str) -> Iterator[None]:
+    """End this process with the error's exit code, its message being the last line of the log.
+
+    For processes that run one stage. The error is also left in `$KUBEGRAFT_WORK_DIR/error.json` for the
+    run that started them, since KFP passes on nothing but success or failure.
+    """
+    try:
+        yield
+    except KubegraftError as error:
+        record = {
+            "stage": stage,
+            "type": type(error).__name__,
+            "message": str(error),
+            "exit_code": error.exit_code,
+            "retryable": error.retryable,
+        }
+        work_dir = os.environ.get(WORK_DIR_VARIABLE)
+        if work_dir:
+            Path(work_dir).mkdir(parents=True, exist_ok=True)
+            Path(work_dir, ERROR_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if os.environ.get("KUBEGRAFT_DEBUG"):
+            traceback.print_exc()
+        print(f"Error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        raise SystemExit(error.exit_code) from None

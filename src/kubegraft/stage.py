@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from kubegraft import __version__
-from kubegraft.errors import ConfigError, ModelError
-from kubegraft.processes import catch_stop_signals, end_with_run
+from kubegraft.errors import ConfigError, DataError, ModelError
+from kubegraft.processes import WORK_DIR_VARIABLE, catch_stop_signals, end_with_run
 from kubegraft.reporting.events import log_event
 
-WORK_DIR_VARIABLE: Final = "KUBEGRAFT_WORK_DIR"
 FRESH_VARIABLE: Final = "KUBEGRAFT_FRESH"
 RESULT_FILE: Final = "result.json"
 
@@ -154,6 +153,20 @@ def read_result(directory: str | os.PathLike[str]) -> StageResult:
             f"`{directory}` must be the output directory of a kubegraft stage, with a readable {RESULT_FILE}. "
             f"Received: {type(error).__name__}: {error}. Give the directory that the stage before wrote."
         ) from error
+
+
+def require_digest(directory: str | os.PathLike[str], digest: str) -> None:
+    """Raise DataError if the stage output in `directory` is not the one that `digest` names.
+
+    KFP's cache knows an input by its name only. The digest is passed as a parameter beside it, so that
+    changed content is another call; this check makes sure that both speak of the same content.
+    """
+    found = read_result(directory).digest
+    if found != digest:
+        raise DataError(
+            f"`dataset_digest` must be the digest of the dataset. Received: dataset_digest={digest!r}, but "
+            f"{str(directory)!r} holds {found!r}. Pass both from the same ingest task."
+        )
 
 
 def _key(stage: str, inputs: Mapping[str, str], config: Any) -> str:

@@ -1,0 +1,9 @@
+"""KFP components, one a stage: they translate artifacts and arguments, and hold no logic."""
+
+from components.evaluate import evaluate
+from components.export import export
+from components.fine_tune import fine_tune
+from components.ingest import ingest
+from components.train_head import train_head
+
+__all__ = ["evaluate", "export", "fine_tune", "ingest", "train_head"]

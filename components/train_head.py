@@ -1,0 +1,58 @@
+"""Component `train_head`; see `kubegraft.training.head`."""
+
+from kfp import dsl
+
+from components._images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def train_head(
+    dataset: dsl.Input[dsl.Dataset],
+    dataset_digest: str,
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    seed: int,
+    batch_size: int,
+    num_epochs: int,
+    learning_rate: float,
+    weight_decay: float,
+    label_smoothing: float,
+    class_weights: str,
+    augmentation: str,
+    augmentation_strength: float,
+    gradient_clip_norm: float,
+    patience: int,
+    time_budget_seconds: float,
+    checkpoint_interval_seconds: float,
+    mixed_precision: str,
+    backbone: str,
+    weights: str,
+    weights_sha256: str,
+    input_size: int,
+    head: str,
+    hidden_units: list,
+    dropout: float,
+    batch_norm: bool,
+):
+    """Train a head on a frozen backbone.
+
+    Args:
+        dataset: Ingested dataset, a directory with `manifest.json`.
+        dataset_digest: Digest of the dataset; makes KFP's cache see changed images.
+        model: Model directory: `model.keras`, its metadata and history.
+        metrics: Validation results.
+
+    The other arguments are the fields of `kubegraft.config.HeadConfig`.
+    """
+    arguments = locals()
+    from kubegraft.config import HeadConfig, from_arguments
+    from kubegraft.training.head import train_head as run
+    from kubegraft.processes import exit_on_error
+    from kubegraft.stage import require_digest
+
+    with exit_on_error("train_head"):
+        require_digest(dataset.path, dataset_digest)
+        result = run(dataset.path, model.path, from_arguments(HeadConfig, arguments))
+        for name, value in result.metrics.items():
+            metrics.log_metric(name, value)
+        model.metadata.update(result.provenance)

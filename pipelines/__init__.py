@@ -1,0 +1,1 @@
+"""KFP pipelines; `compile.py` writes them to `compiled/`."""

@@ -1,0 +1,32 @@
+"""Where and how tasks run in a cluster; `kfp.local` ignores all of it."""
+
+from typing import Any
+
+from kfp import kubernetes
+
+# The numeric non-root user of the image; Pod Security "restricted" wants it said.
+USER = 65532
+
+
+def prepared(task: Any) -> Any:
+    """Give a task its resources, its user, scratch space, and another try when its node is lost.
+
+    KFP's own install does not retry a step that failed by itself, whatever is said here: transient faults are
+    retried inside the step. This is for evicted pods and lost nodes.
+    """
+    task.set_cpu_request("1").set_cpu_limit("4").set_memory_request("4Gi").set_memory_limit("8Gi")
+    task.set_retry(num_retries=2, backoff_duration="30s", backoff_factor=2.0)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root file system may be read-only
+    return task
+
+
+def on_accelerators(
+    task: Any, accelerator_type: Any, accelerator_count: Any, node_selector: Any, tolerations: Any
+) -> Any:
+    """Ask for accelerators, and for the shared memory that input pipelines and NCCL use beside them."""
+    task.set_accelerator_type(accelerator_type).set_accelerator_limit(accelerator_count)
+    kubernetes.add_node_selector_json(task, node_selector)
+    kubernetes.add_toleration_json(task, tolerations)
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")  # noqa: S108
+    return task

@@ -1,0 +1,69 @@
+"""Compile the pipelines to YAML files that the KFP UI accepts.
+
+    python pipelines/compile.py                  write pipelines/compiled/*.yaml
+    python pipelines/compile.py --check          exit 1 if a committed file differs from its source
+    python pipelines/compile.py --output-dir DIR write elsewhere
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: this directory would shadow modules of the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import difflib
+import tempfile
+from collections.abc import Sequence
+
+COMPILED_DIR = Path(__file__).resolve().parent / "compiled"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile or check as the arguments say; return the exit code."""
+    parser = argparse.ArgumentParser(description="Compile the pipelines to YAML files that the KFP UI accepts.")
+    parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
+    parser.add_argument("--output-dir", type=Path, default=COMPILED_DIR, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    return check(options.output_dir) if options.check else compile_all(options.output_dir)
+
+
+def compile_all(output_dir: Path) -> int:
+    """Write every pipeline to `output_dir` and print the files' paths."""
+    from kfp import compiler
+
+    from pipelines._registry import PIPELINES
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, pipeline in PIPELINES.items():
+        path = output_dir / f"{name}.yaml"
+        aside = output_dir / f"{name}.partial.yaml"
+        compiler.Compiler().compile(pipeline, str(aside))
+        aside.replace(path)
+        print(path)
+    return 0
+
+
+def check(committed_dir: Path) -> int:
+    """Print how the files in `committed_dir` differ from their source; return 1 if any does."""
+    from pipelines._registry import PIPELINES
+
+    with tempfile.TemporaryDirectory() as directory:
+        fresh_dir = Path(directory)
+        compile_all(fresh_dir)
+        differences = [line for name in PIPELINES for line in _difference(name, committed_dir, fresh_dir)]
+    sys.stdout.writelines(differences)
+    if differences:
+        print("\nCompiled pipelines differ from their source. Run `make compile` and commit the result.")
+    return 1 if differences else 0
+
+
+def _difference(name: str, committed_dir: Path, fresh_dir: Path) -> list[str]:
+    committed, fresh = committed_dir / f"{name}.yaml", fresh_dir / f"{name}.yaml"
+    before = committed.read_text(encoding="utf-8").splitlines(keepends=True) if committed.exists() else []
+    after = fresh.read_text(encoding="utf-8").splitlines(keepends=True)
+    return list(difflib.unified_diff(before, after, str(committed), "compiled now"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

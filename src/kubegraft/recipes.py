@@ -1,0 +1,173 @@
+"""Pure functions from facts about the dataset and the backbone to every number the user left open.
+
+Each returns the config with no automatic value left in it, and the choices with their reasons, which the
+report shows. A value that the user gave is never changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+from kubegraft.config import AUTO, AUTO_NAME, FineTuneConfig, HeadConfig, TrainingConfig
+
+IMBALANCE_TO_BALANCE: Final = 3.0
+MIXUP_ALPHA: Final = 0.2
+# Below this side an image is all detail; enlarging it more than this many times adds nothing but work.
+_ENLARGEMENT: Final = 3
+_SMALLEST_USEFUL_SIDE: Final = 96
+_LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+class Facts(Protocol):
+    """What a recipe needs to know of the dataset; `data.manifest.DatasetFacts` has it."""
+
+    num_train: int
+    num_validation: int
+    num_classes: int
+    smallest_class: int
+    largest_class: int
+    median_height: int
+    median_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One value and where it comes from.
+
+    Attributes:
+        name: Field of the config.
+        value: Resolved value.
+        reason: Why, in one sentence; "set by the user" for a value that was given.
+    """
+
+    name: str
+    value: Any
+    reason: str
+
+
+def resolve_head(
+    config: HeadConfig, facts: Facts, *, native_input_size: int, accepted_input_size: Any
+) -> tuple[HeadConfig, tuple[Choice, ...]]:
+    """Return the head's config with every open value chosen, and the choices.
+
+    Args:
+        config: As the user gave it.
+        facts: Facts about the dataset.
+        native_input_size: Side in pixels on which the backbone was pretrained.
+        accepted_input_size: Function from a wanted side in pixels to the nearest one, not smaller, that the
+            backbone accepts.
+    """
+    steps_per_epoch = -(-facts.num_train // 32)
+    proposals = {
+        "input_size": _input_size(facts, native_input_size, accepted_input_size),
+        "batch_size": (32, "small batches generalise well, and a head is cheap to train"),
+        "num_epochs": _head_epochs(steps_per_epoch),
+        "learning_rate": (1e-3, "AdamW's usual rate for a new head on standardised features"),
+        "weight_decay": (
+            (0.1, "few images for as many features: strong decay")
+            if facts.num_train < 20 * 1280
+            else (0.01, "many images: mild decay")
+        ),
+        "dropout": (
+            (0.2, "hidden layers over-fit small datasets") if facts.num_train >= 5000 else (0.3, "few images")
+        ),
+        "label_smoothing": (0.0, "smoothing would blur the probabilities that are calibrated later"),
+        "patience": (15, "the rate falls as a cosine, so that late epochs may still improve"),
+        "augmentation": ("none", "without augmentation the backbone sees each image once, not every epoch"),
+        "class_weights": _class_weights(facts),
+    }
+    return _resolved(config, proposals)
+
+
+def resolve_fine_tune(
+    config: FineTuneConfig, facts: Facts, *, num_backbone_blocks: int, num_backbone_parameters: int
+) -> tuple[FineTuneConfig, tuple[Choice, ...]]:
+    """Return the fine-tuning config with every open value chosen, and the choices.
+
+    Args:
+        config: As the user gave it.
+        facts: Facts about the dataset.
+        num_backbone_blocks: Blocks that the backbone has.
+        num_backbone_parameters: Parameters that the backbone has.
+    """
+    large = num_backbone_parameters > _LARGE_BACKBONE_PARAMETERS
+    proposals = {
+        "num_blocks": _num_blocks(config, facts, num_backbone_blocks),
+        "batch_size": (32, "small batches generalise well, and fit any device"),
+        "num_epochs": _fine_tune_epochs(facts),
+        "learning_rate": (
+            (1e-4, "a large backbone is moved gently")
+            if large
+            else (1e-3, "a small backbone with batch norm bears AdamW's usual rate after a warm-up")
+        ),
+        "rate_decay": (0.85, "earlier blocks are more general, so that each learns slower than the next"),
+        "weight_decay": (0.01, "AdamW's usual decay"),
+        "label_smoothing": (0.0, "smoothing would blur the probabilities that are calibrated later"),
+        "patience": (6, "the first epochs at the peak rate are often worse than the start"),
+        "augmentation": _fine_tune_augmentation(facts),
+        "class_weights": _class_weights(facts),
+    }
+    resolved, choices = _resolved(config, proposals)
+    return dataclasses.replace(resolved, unfreeze_fraction=AUTO), choices
+
+
+def _resolved(config: Config, proposals: dict[str, tuple[Any, str]]) -> tuple[Config, tuple[Choice, ...]]:
+    values: dict[str, Any] = {}
+    choices = []
+    for name, (proposed, reason) in proposals.items():
+        given = getattr(config, name)
+        if given in (AUTO, AUTO_NAME):
+            values[name] = proposed
+            choices.append(Choice(name, proposed, reason))
+        else:
+            choices.append(Choice(name, given, "set by the user"))
+    return dataclasses.replace(config, **values), tuple(choices)
+
+
+def _input_size(facts: Facts, native: int, accepted: Any) -> tuple[int, str]:
+    side = min(facts.median_height, facts.median_width)
+    wanted = max(_SMALLEST_USEFUL_SIDE, _ENLARGEMENT * side)
+    if wanted >= native:
+        return native, f"the backbone was pretrained at {native} px, and images are {side} px (median side)"
+    chosen = min(accepted(wanted), native)
+    return chosen, f"images are only {side} px (median side): {native} px would cost more and show no more"
+
+
+def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:
+    epochs = max(10, min(60, -(-3000 // steps_per_epoch)))
+    return epochs, f"about 3,000 steps of {steps_per_epoch} an epoch, within 10 and 60"
+
+
+def _fine_tune_epochs(facts: Facts) -> tuple[int, str]:
+    epochs = max(3, min(12, -(-12_000 // max(facts.num_train, 1))))
+    return epochs, f"about 12,000 images seen of {facts.num_train}, within 3 and 12 epochs"
+
+
+def _num_blocks(config: FineTuneConfig, facts: Facts, num_blocks: int) -> tuple[int, str]:
+    if config.unfreeze_fraction != AUTO:
+        chosen = min(num_blocks, round(config.unfreeze_fraction * num_blocks))
+        return chosen, f"{config.unfreeze_fraction:g} of {num_blocks} blocks, as set by the user"
+    per_class = facts.num_train / facts.num_classes
+    fraction = 0.15 if per_class < 20 else 0.35 if per_class < 1000 else 0.6
+    chosen = max(1, round(fraction * num_blocks))
+    return chosen, f"{per_class:.0f} training images a class carry about {fraction:g} of {num_blocks} blocks"
+
+
+def _fine_tune_augmentation(facts: Facts) -> tuple[str, str]:
+    if min(facts.median_height, facts.median_width) < 16:
+        return "none", "tiny images bear no distortion"
+    return (
+        "crop,rotation,colour",
+        "light changes of framing and light; no flip, which may change the class (digits, signs, text)",
+    )
+
+
+def _class_weights(facts: Facts) -> tuple[str, str]:
+    ratio = facts.largest_class / max(facts.smallest_class, 1)
+    if ratio > IMBALANCE_TO_BALANCE:
+        return "balanced", f"the largest class has {ratio:.1f} times the images of the smallest"
+    return "none", f"classes are of similar size (largest to smallest {ratio:.1f})"

@@ -1,0 +1,63 @@
+"""Which devices train, in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from kubegraft.errors import ConfigError
+
+# NVIDIA compute capability from which bfloat16 runs on the tensor cores (Ampere).
+_BFLOAT16_CAPABILITY = (8, 0)
+
+
+def make_strategy(devices: Sequence[str] | None = None) -> Any:
+    """Return the `tf.distribute` strategy that trains on `devices`.
+
+    Args:
+        devices: TensorFlow device names such as `["GPU:0", "GPU:1"]`; None takes every visible GPU, or the
+            CPU where there is none.
+
+    Returns:
+        `MirroredStrategy` for GPUs or several devices, `OneDeviceStrategy` for one CPU.
+    """
+    names = list(devices) if devices else [gpu.name for gpu in tf.config.list_logical_devices("GPU")]
+    if not names:
+        return tf.distribute.OneDeviceStrategy("CPU:0")
+    if len(names) == 1 and "CPU" in names[0].upper():
+        return tf.distribute.OneDeviceStrategy(names[0])
+    return tf.distribute.MirroredStrategy(names)
+
+
+def divisible_batch_size(batch_size: int, num_replicas: int) -> int:
+    """Return the smallest batch size from `batch_size` on that gives every replica the same number of images."""
+    return -(-batch_size // num_replicas) * num_replicas
+
+
+def precision_policy(mixed_precision: str) -> str:
+    """Return the Keras dtype policy for `mixed_precision` on this machine.
+
+    Args:
+        mixed_precision: `on`, `off`, or `auto`: bfloat16 where every GPU computes it natively. bfloat16 has
+            float32's exponent range, so that no loss scaling is needed.
+
+    Raises:
+        ConfigError: If `mixed_precision` is none of these.
+    """
+    if mixed_precision not in ("auto", "on", "off"):
+        raise ConfigError(
+            "`mixed_precision` must be 'auto', 'on' or 'off'. "
+            f"Received: mixed_precision={mixed_precision!r}. 'auto' is right for most."
+        )
+    gpus = tf.config.list_physical_devices("GPU")
+    native = bool(gpus) and all(_capability(gpu) >= _BFLOAT16_CAPABILITY for gpu in gpus)
+    chosen = mixed_precision == "on" or (mixed_precision == "auto" and native)
+    return "mixed_bfloat16" if chosen else "float32"
+
+
+def _capability(gpu: Any) -> tuple[int, int]:
+    details = tf.config.experimental.get_device_details(gpu)
+    capability: tuple[int, int] = details.get("compute_capability", (0, 0))
+    return capability

@@ -1,0 +1,102 @@
+"""Pooled features of a split: the frozen backbone's forward pass, paid once per image in this stage."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import tensorflow as tf
+
+from kubegraft.errors import Interrupted
+from kubegraft.processes import stop_requested
+from kubegraft.reporting.progress import Progress
+from kubegraft.stage import write_atomically
+from kubegraft.training.batches import epoch_batches
+from kubegraft.training.sources import Source
+
+_SAVE_SECONDS: Final = 5.0
+
+
+def extract_features(
+    strategy: Any,
+    forward: Callable[[Any], Any],
+    source: Source,
+    *,
+    dim: int,
+    batch_size: int,
+    directory: Path,
+    split: str,
+) -> np.ndarray:
+    """Return the features of every example of a split, computed once and kept in `directory`.
+
+    What an interrupted call had computed is kept and gone on from.
+
+    Args:
+        strategy: A `tf.distribute` strategy; the batch is split over its replicas.
+        forward: Inputs `float32[batch, ...]` -> features `float32[batch, dim]`.
+        source: Inputs, in the order of the split.
+        dim: Length of a feature vector.
+        batch_size: Global batch size; a multiple of the number of replicas.
+        directory: Where the features are kept.
+        split: Name of the split.
+
+    Returns:
+        `float32[num_examples, dim]`, memory-mapped and read-only.
+    """
+    num_examples = len(source.labels)
+    path = directory / f"{split}-features.npy"
+    done_path = directory / f"{split}-features.done"
+    done_steps = int(done_path.read_text()) if done_path.exists() else 0
+    if not done_steps:
+        np.lib.format.open_memmap(path, "w+", np.float32, (num_examples, dim)).flush()
+    features = np.load(path, mmap_mode="r+")
+    batches = epoch_batches(source.labels, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
+    compute = _compiled(strategy, forward)
+    saved = time.monotonic()
+    with Progress(f"features of {split}", total=num_examples, unit="image") as progress:
+        progress.update(min(done_steps * batch_size, num_examples))
+        for step, batch in enumerate(_distribute(strategy, source, batches, batch_size, done_steps), done_steps):
+            start = step * batch_size
+            rows = features[start : start + batch_size]
+            rows[:] = compute(batch).numpy()[: len(rows)]
+            progress.update(len(rows))
+            stopping = stop_requested()
+            if stopping or time.monotonic() - saved > _SAVE_SECONDS or step + 1 == batches.num_steps:
+                _save(features, path, done_path, step + 1)
+                saved = time.monotonic()
+            if stopping:
+                raise Interrupted(
+                    f"`features` was asked to stop (SIGTERM) and kept {start + len(rows)} of {num_examples} feature "
+                    "vectors. Start it again with the same arguments to go on."
+                )
+    return np.load(path, mmap_mode="r")
+
+
+def _save(features: np.memmap, path: Path, done_path: Path, done_steps: int) -> None:
+    """Make sure the features are on disk before the count that says so is."""
+    features.flush()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    write_atomically(done_path, str(done_steps))
+
+
+def _distribute(strategy: Any, source: Source, batches: Any, batch_size: int, start_step: int) -> Any:
+    if start_step >= batches.num_steps:
+        return ()
+    per_replica = batch_size // strategy.num_replicas_in_sync
+    return strategy.distribute_datasets_from_function(
+        lambda _: source.inputs(batches, slice(start_step, None), slice(None), per_replica)
+    )
+
+
+def _compiled(strategy: Any, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @tf.function
+    def compute(batch: Any) -> Any:
+        per_replica = strategy.run(forward, args=(batch,))
+        return tf.concat([tf.cast(part, tf.float32) for part in strategy.experimental_local_results(per_replica)], 0)
+
+    return compute

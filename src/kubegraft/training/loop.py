@@ -1,0 +1,356 @@
+"""The one training loop: both phases, one device or many, from any source of inputs, resumable at any step.
+
+Keras's `fit` drifts on an uneven last batch, clips per replica, and fails with several workers
+(docs/adr/0008). Here a batch is a pure function of seed, epoch and step (`batches`), the loss is normalised
+by the global number of real examples and summed over replicas, and gradients are summed before they are
+clipped and applied; so losses agree on any number of devices.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from kubegraft.errors import DivergenceError, Interrupted
+from kubegraft.processes import stop_requested
+from kubegraft.reporting.progress import Progress
+from kubegraft.training.batches import EpochBatches, epoch_batches
+from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
+from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
+from kubegraft.training.sources import Source
+
+
+class Trainable(Protocol):
+    """What the loop trains."""
+
+    variables: Sequence[Any]
+    """Trainable variables."""
+    rate_multipliers: Sequence[float]
+    """Factor on the learning rate of each."""
+    state: Sequence[Any]
+    """Other variables that training changes, such as the statistics of a head's batch norm."""
+
+    def train_logits(self, inputs: Any, position: Any, seed: Any) -> Any:
+        """Return `float32[batch, classes]` in training mode; dropout masks are keyed by `position` and `seed`."""
+
+    def logits(self, inputs: Any) -> Any:
+        """Return `float32[batch, classes]` in inference mode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """Numbers of one phase; all are resolved, none is automatic. See `config.TrainingConfig`."""
+
+    phase: str
+    num_classes: int
+    batch_size: int
+    num_epochs: int
+    learning_rate: float
+    warmup_fraction: float
+    weight_decay: float
+    label_smoothing: float
+    gradient_clip_norm: float
+    patience: int
+    time_budget_seconds: float
+    checkpoint_interval_seconds: float
+    seed: int
+    mixup_alpha: float = 0.0
+    class_weights: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class History:
+    """What happened, epoch by epoch; `best_epoch` is -1 while nothing beats the start."""
+
+    start: dict[str, float] = field(default_factory=dict)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = -1
+    stopped: str = ""
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Validation results of the model that is kept."""
+        return self.start if self.best_epoch < 0 else self.epochs[self.best_epoch]
+
+
+def train(
+    strategy: Any,
+    trainable: Trainable,
+    sources: tuple[Source, Source],
+    config: LoopConfig,
+    checkpoint_path: Path,
+) -> History:
+    """Train, and leave `trainable` with the weights of its best validation epoch, the start included.
+
+    An epoch is better if its validation accuracy is higher, or equal at a lower validation loss.
+
+    Args:
+        strategy: A `tf.distribute` strategy; `trainable` was built in its scope.
+        trainable: What to train; changed in place.
+        sources: Training and validation split.
+        config: Numbers of this phase.
+        checkpoint_path: File to go on from if it exists, and to write.
+
+    Returns:
+        The history, also of epochs before an interruption.
+
+    Raises:
+        DivergenceError: If the loss is not finite.
+        Interrupted: If the process was asked to stop; the checkpoint is written.
+    """
+    return _Run(strategy, trainable, sources, config, checkpoint_path).run()
+
+
+class _Run:
+    """State of one call of `train`; what of it must survive a crash goes through `_save` and `_resume`."""
+
+    def __init__(
+        self,
+        strategy: Any,
+        trainable: Trainable,
+        sources: tuple[Source, Source],
+        config: LoopConfig,
+        checkpoint_path: Path,
+    ) -> None:
+        self.strategy, self.trainable, self.config = strategy, trainable, config
+        self.train_source, self.validation_source = sources
+        self.checkpoint_path = checkpoint_path
+        self.num_steps = -(-len(self.train_source.labels) // config.batch_size)
+        with strategy.scope():
+            self.optimizer = self._make_optimizer()
+        self.train_step, self.evaluation_step = _compile_steps(strategy, trainable, self.optimizer, config)
+        self.history = History()
+        self.epoch = self.step = 0
+        self.sums = np.zeros(3)
+        self.elapsed_seconds = 0.0
+        self.best_arrays: list[np.ndarray] = []
+
+    def _make_optimizer(self) -> GlobalAdamW:
+        num_steps = self.num_steps * self.config.num_epochs
+        num_warmup_steps = int(num_steps * self.config.warmup_fraction)
+        return GlobalAdamW(
+            WarmUpCosine(self.config.learning_rate, num_steps, num_warmup_steps),
+            variables=self.trainable.variables,
+            rate_multipliers=self.trainable.rate_multipliers,
+            weight_decay=self.config.weight_decay,
+        )
+
+    def run(self) -> History:
+        if not self._resume():
+            self.history.start = self._validate()
+            self._keep_best()
+        with Progress(self.config.phase, total=self.num_steps * self.config.num_epochs, unit="step") as progress:
+            progress.update(self.epoch * self.num_steps + self.step)
+            while not self.history.stopped:
+                if self.epoch >= self.config.num_epochs:
+                    self.history.stopped = "all epochs done"
+                    break
+                self._train_epoch(progress)
+        _assign(self._model_variables(), self.best_arrays)
+        return self.history
+
+    def _train_epoch(self, progress: Progress) -> None:
+        batches = self._epoch_batches(self.train_source, self.epoch, shuffle=True)
+        started = saved = time.monotonic()
+        before = self.elapsed_seconds
+        for batch in _distribute(self.strategy, self.train_source, batches, self.config, self.step):
+            self.sums += self._checked(self.train_step(batch, self._dropout_seed()).numpy())
+            self.step += 1
+            self.elapsed_seconds = before + time.monotonic() - started
+            progress.update(1, loss=self.sums[0] / self.sums[2])
+            if stop_requested():
+                self._save()
+                raise Interrupted(
+                    f"`{self.config.phase}` was asked to stop (SIGTERM) and saved a checkpoint after step "
+                    f"{self.step} of epoch {self.epoch}. Start it again with the same arguments to go on."
+                )
+            if time.monotonic() - saved > self.config.checkpoint_interval_seconds:
+                self._save()
+                saved = time.monotonic()
+            if self._over_budget():
+                break
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        started = time.monotonic()
+        result = {
+            "epoch": self.epoch,
+            "train_loss": self.sums[0] / self.sums[2],
+            "train_accuracy": self.sums[1] / self.sums[2],
+            **self._validate(),
+            "learning_rate": float(self.optimizer.learning_rate.numpy()),
+        }
+        self.history.epochs.append({name: float(value) for name, value in result.items()})
+        if _rank(result) > _rank(self.history.best):
+            self.history.best_epoch = self.epoch
+            self._keep_best()
+        self.elapsed_seconds += time.monotonic() - started
+        self.history.epochs[-1]["seconds"] = round(self.elapsed_seconds, 3)
+        self.history.stopped = self._reason_to_stop()
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, np.zeros(3)
+        self._save()
+
+    def _over_budget(self) -> bool:
+        return 0 < self.config.time_budget_seconds <= self.elapsed_seconds
+
+    def _reason_to_stop(self) -> str:
+        if self._over_budget():
+            return f"time budget of {self.config.time_budget_seconds:g} s used up"
+        if self.epoch - self.history.best_epoch >= self.config.patience and self.epoch + 1 < self.config.num_epochs:
+            return f"no better validation result in {self.config.patience} epochs"
+        return ""
+
+    def _validate(self) -> dict[str, float]:
+        batches = self._epoch_batches(self.validation_source, 0, shuffle=False)
+        sums = np.zeros(3)
+        for batch in _distribute(self.strategy, self.validation_source, batches, self.config, 0):
+            sums += self.evaluation_step(batch).numpy()
+        return {
+            "validation_loss": float(sums[0] / sums[2]),
+            "validation_accuracy": float(sums[1] / sums[2]),
+        }
+
+    def _epoch_batches(self, source: Source, epoch: int, *, shuffle: bool) -> EpochBatches:
+        return epoch_batches(
+            source.labels,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            shuffle=shuffle,
+            class_weights=self.config.class_weights if shuffle else None,
+            mixup_alpha=self.config.mixup_alpha if shuffle else 0.0,
+        )
+
+    def _dropout_seed(self) -> Any:
+        return tf.constant([self.config.seed, self.epoch * self.num_steps + self.step], tf.int32)
+
+    def _checked(self, sums: np.ndarray) -> np.ndarray:
+        if not math.isfinite(sums[0]):
+            raise DivergenceError(
+                f"The loss must be a finite number. Received: loss={sums[0]!r} in {self.config.phase}, epoch "
+                f"{self.epoch}, step {self.step}. Lower `learning_rate` "
+                f"(now {self.config.learning_rate:g}) or `gradient_clip_norm` "
+                f"(now {self.config.gradient_clip_norm:g})."
+            )
+        return sums
+
+    def _model_variables(self) -> list[Any]:
+        return [*self.trainable.variables, *self.trainable.state]
+
+    def _keep_best(self) -> None:
+        self.best_arrays = [variable.numpy() for variable in self._model_variables()]
+
+    def _save(self) -> None:
+        arrays = {f"model_{i}": variable.numpy() for i, variable in enumerate(self._model_variables())}
+        arrays |= {f"optimizer_{i}": variable.numpy() for i, variable in enumerate(self.optimizer.variables)}
+        arrays |= {f"best_{i}": array for i, array in enumerate(self.best_arrays)}
+        arrays["sums"] = self.sums
+        position = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "elapsed_seconds": self.elapsed_seconds,
+            "history": asdict(self.history),
+        }
+        save_checkpoint(self.checkpoint_path, arrays, position)
+
+    def _resume(self) -> bool:
+        found = load_checkpoint(self.checkpoint_path)
+        if found is None:
+            return False
+        arrays, position = found
+        variables = self._model_variables()
+        _assign(variables, [arrays[f"model_{i}"] for i in range(len(variables))])
+        _assign(self.optimizer.variables, [arrays[f"optimizer_{i}"] for i in range(len(self.optimizer.variables))])
+        self.best_arrays = [arrays[f"best_{i}"] for i in range(len(variables))]
+        self.sums = arrays["sums"]
+        self.epoch, self.step = position["epoch"], position["step"]
+        self.elapsed_seconds = position["elapsed_seconds"]
+        self.history = History(**position["history"])
+        return True
+
+
+def _rank(result: dict[str, float]) -> tuple[float, float]:
+    loss = result["validation_loss"]
+    return result["validation_accuracy"], -loss if math.isfinite(loss) else -math.inf
+
+
+def _assign(variables: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
+
+
+def _distribute(
+    strategy: Any, source: Source, batches: EpochBatches, config: LoopConfig, start_step: int
+) -> Any:
+    """Return an iterable over the epoch's batches from `start_step` on, split over the replicas."""
+    if start_step >= batches.num_steps:
+        return ()
+    per_replica = config.batch_size // strategy.num_replicas_in_sync
+
+    def dataset(context: Any) -> Any:
+        width = config.batch_size // context.num_input_pipelines
+        columns = slice(context.input_pipeline_id * width, (context.input_pipeline_id + 1) * width)
+        rows = slice(start_step, None)
+        parts = (batches.weight, batches.real, batches.position, batches.share)
+        targets = (source.labels[batches.index], source.labels[batches.partner])
+        numbers = tf.data.Dataset.from_tensor_slices(
+            tuple(array[rows, columns].reshape(-1, per_replica) for array in (*parts, *targets))
+        )
+        inputs = source.inputs(batches, rows, columns, per_replica)
+        return tf.data.Dataset.zip((inputs, numbers)).prefetch(2)
+
+    return strategy.distribute_datasets_from_function(dataset)
+
+
+def _compile_steps(
+    strategy: Any, trainable: Trainable, optimizer: GlobalAdamW, config: LoopConfig
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return compiled steps over a global batch.
+
+    Each returns `float32[3]`, summed over real examples and replicas: loss, correct answers, examples.
+    """
+    smoothing = config.label_smoothing
+
+    def losses(logits: Any, numbers: Any, smoothing: float) -> tuple[Any, Any]:
+        share, label, partner = numbers[3][:, None], numbers[4], numbers[5]
+        targets = share * tf.one_hot(label, config.num_classes)
+        targets += (1 - share) * tf.one_hot(partner, config.num_classes)
+        targets = targets * (1 - smoothing) + smoothing / config.num_classes
+        loss = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+        correct = tf.cast(tf.argmax(logits, -1, tf.int32) == tf.cast(label, tf.int32), tf.float32)
+        real = numbers[1]
+        return loss, tf.stack([tf.reduce_sum(loss * real), tf.reduce_sum(correct * real), tf.reduce_sum(real)])
+
+    def train_replica(batch: Any, seed: Any) -> Any:
+        inputs, numbers = batch
+        with tf.GradientTape() as tape:
+            logits = trainable.train_logits(inputs, numbers[2], seed)
+            loss, sums = losses(logits, numbers, smoothing)
+            weighted = tf.reduce_sum(loss * numbers[0])
+        gradients = tape.gradient(weighted, [variable.value for variable in trainable.variables])
+        gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+        if config.gradient_clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
+        optimizer.apply(gradients, list(trainable.variables))
+        return sums
+
+    def evaluate_replica(batch: Any) -> Any:
+        inputs, numbers = batch
+        return losses(trainable.logits(inputs), numbers, 0.0)[1]
+
+    @tf.function
+    def train_step(batch: Any, seed: Any) -> Any:
+        return strategy.reduce("SUM", strategy.run(train_replica, args=(batch, seed)), axis=None)
+
+    @tf.function
+    def evaluation_step(batch: Any) -> Any:
+        return strategy.reduce("SUM", strategy.run(evaluate_replica, args=(batch,)), axis=None)
+
+    return train_step, evaluation_step

@@ -1,0 +1,80 @@
+"""AdamW with a rate of its own for each variable, for a loop that reduces gradients itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class WarmUpCosine(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """Linear rise to a peak, then half a cosine down to zero.
+
+    Source:
+        Loshchilov & Hutter 2017, "SGDR", eq. 5 with one cycle; the warm-up of Goyal et al. 2017,
+        "Accurate, Large Minibatch SGD", section 2.2.
+    """
+
+    def __init__(self, peak: float, num_steps: int, num_warmup_steps: int) -> None:
+        self.peak = peak
+        self.num_steps = max(num_steps, 1)
+        self.num_warmup_steps = num_warmup_steps
+
+    def __call__(self, step: Any) -> Any:
+        """Return the rate at `step`, a scalar from 0 to `num_steps`."""
+        step = keras.ops.cast(step, "float32")
+        rising = self.peak * (step + 1) / max(self.num_warmup_steps, 1)
+        done = (step - self.num_warmup_steps) / max(self.num_steps - self.num_warmup_steps, 1)
+        falling = 0.5 * self.peak * (1 + keras.ops.cos(np.pi * keras.ops.clip(done, 0.0, 1.0)))
+        return keras.ops.where(step < self.num_warmup_steps, rising, falling)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"peak": self.peak, "num_steps": self.num_steps, "num_warmup_steps": self.num_warmup_steps}
+
+
+class GlobalAdamW(keras.optimizers.Adam):  # type: ignore[misc]
+    """AdamW for gradients that are already summed over all replicas.
+
+    Keras's own optimizers sum gradients across replicas when they apply them, after clipping: each replica
+    would clip its part. Here the loop sums first, so that clipping sees the global gradient, as on one
+    device. Learning-rate multipliers act on the update, since scaling gradients does nothing to Adam.
+
+    Source:
+        Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; discriminative rates
+        after Howard & Ruder 2018, "Universal Language Model Fine-tuning", section 3.2.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        variables: Sequence[Any],
+        rate_multipliers: Sequence[float],
+        weight_decay: float,
+    ) -> None:
+        """Build the optimizer for `variables`.
+
+        Args:
+            learning_rate: A rate or schedule.
+            variables: Trainable variables, in the order in which gradients are applied.
+            rate_multipliers: Factor on the learning rate of each variable.
+            weight_decay: Decay of kernels (variables with more than one axis), not of biases or scales.
+        """
+        super().__init__(learning_rate)
+        self._rate_multipliers = list(rate_multipliers)
+        self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in variables]
+        self.build(list(variables))
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        return grads_and_vars
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Apply one update to one variable; called by Keras."""
+        place = self._get_variable_index(variable)
+        rate = learning_rate * self._rate_multipliers[place]
+        if self._decays[place]:
+            self.assign_sub(variable, variable * keras.ops.cast(rate * self._decays[place], variable.dtype))
+        super().update_step(gradient, variable, rate)

@@ -1,0 +1,120 @@
+"""What a training stage writes: the model with its metadata, and the history of its epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from kubegraft import __version__
+from kubegraft.config import TrainingConfig
+from kubegraft.data.manifest import Manifest
+from kubegraft.errors import TrainingError
+from kubegraft.modeling.classifier import model_digest, save_classifier
+from kubegraft.recipes import Choice
+from kubegraft.stage import Outcome, write_atomically
+from kubegraft.training.loop import History
+
+MODEL_SCHEMA: Final = 1
+HISTORY_FILE: Final = "history.json"
+HEAD_HISTORY_FILE: Final = "head_history.json"
+
+
+def require_images(manifest: Manifest) -> None:
+    """Raise TrainingError if there is nothing to train on or to choose a model by."""
+    for split in ("train", "validation"):
+        if not manifest.splits[split].num_images:
+            raise TrainingError(
+                f"`{split}` split must hold images. Received: {split}=0 images. Ingest more images, or raise the "
+                f"fraction that is held out for it."
+            )
+
+
+def write_model(
+    directory: Path,
+    model: Any,
+    manifest: Manifest,
+    history: History,
+    config: TrainingConfig,
+    *,
+    phase: str,
+    choices: Sequence[Choice],
+    facts: dict[str, Any],
+) -> Outcome:
+    """Write a model directory and return the stage's outcome.
+
+    Args:
+        directory: Empty directory to write into.
+        model: Classifier.
+        manifest: Dataset it was trained on.
+        history: What happened in training.
+        config: Resolved config.
+        phase: `train_head` or `fine_tune`.
+        choices: What the recipe chose.
+        facts: More to record in the model's metadata; JSON values.
+    """
+    digest = model_digest(model)
+    versions = {name: version(name) for name in ("tensorflow-cpu", "keras", "numpy")} | {
+        "kubegraft": __version__,
+        "python": platform.python_version(),
+    }
+    metadata = {
+        "schema": MODEL_SCHEMA,
+        "stage": phase,
+        "classes": list(manifest.classes),
+        "dataset_digest": manifest.digest,
+        "model_digest": digest,
+        "choices": [dataclasses.asdict(choice) for choice in choices],
+        "config": dataclasses.asdict(config),
+        "versions": versions,
+        **facts,
+    }
+    save_classifier(model, directory, metadata)
+    write_history(directory / HISTORY_FILE, history, phase)
+    return Outcome(
+        digest=digest,
+        metrics={
+            "start_validation_accuracy": history.start["validation_accuracy"],
+            "validation_accuracy": history.best["validation_accuracy"],
+            "validation_loss": history.best["validation_loss"],
+            "best_epoch": float(history.best_epoch),
+            "num_epochs": float(len(history.epochs)),
+        },
+        provenance={
+            "dataset_digest": manifest.digest,
+            "model_digest": digest,
+            "seed": config.seed,
+            **{f"version_{name}": value for name, value in versions.items()},
+            **{name: value for name, value in facts.items() if isinstance(value, (str, int, float, bool))},
+        },
+    )
+
+
+def write_history(path: Path, history: History, phase: str) -> None:
+    """Write the history of one phase as JSON."""
+    content = {"phase": phase, **dataclasses.asdict(history)}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def digest_of_variables(variables: Sequence[Any]) -> str:
+    """Return the SHA-256 of the values of these variables, in this order; equal only if every bit is."""
+    digest = hashlib.sha256()
+    for variable in variables:
+        digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def require_unmoved(before: str, variables: Sequence[Any]) -> None:
+    """Raise TrainingError if any bit of what was frozen has changed."""
+    if digest_of_variables(variables) != before:
+        raise TrainingError(
+            "Frozen variables must not change in training, but their digest did. This is a defect of kubegraft: "
+            "please report it with the model's metadata."
+        )

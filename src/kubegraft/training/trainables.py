@@ -1,0 +1,102 @@
+"""What the loop can train: a head on pooled features, or a head with the last blocks of its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kubegraft.modeling.classifier import ClassifierParts
+
+
+class HeadOnFeatures:
+    """The head alone; its inputs are pooled features, `float32[batch, dim]`."""
+
+    def __init__(self, parts: ClassifierParts, batch_size: int) -> None:
+        """Take the head's layers.
+
+        Args:
+            parts: Parts of the classifier.
+            batch_size: Global batch size, over all replicas.
+        """
+        self._layers = parts.head_layers
+        self._batch_size = batch_size
+        self.variables = [variable for layer in self._layers for variable in layer.trainable_variables]
+        self.rate_multipliers: Sequence[float] = [1.0] * len(self.variables)
+        self.state = _changing_state(self._layers)
+
+    def train_logits(self, inputs: Any, position: Any, seed: Any) -> Any:
+        """Return logits in training mode; see `loop.Trainable`."""
+        for number, layer in enumerate(self._layers):
+            if isinstance(layer, keras.layers.Dropout):
+                salted = seed + tf.constant([number * 1_000_003, 0])
+                inputs = _dropout(inputs, layer.rate, position, salted, self._batch_size)
+            else:
+                inputs = layer(inputs, training=True)
+        return tf.cast(inputs, tf.float32)
+
+    def logits(self, inputs: Any) -> Any:
+        """Return logits in inference mode; see `loop.Trainable`."""
+        for layer in self._layers:
+            inputs = layer(inputs, training=False)
+        return tf.cast(inputs, tf.float32)
+
+
+class HeadOnBackbone:
+    """The head and whatever of the backbone is trainable; its inputs are resized images.
+
+    The backbone always runs in inference mode: batch norm keeps its statistics, and dropout or stochastic
+    depth inside the backbone stay off, in both phases.
+    """
+
+    def __init__(
+        self, parts: ClassifierParts, batch_size: int, multipliers: dict[str, float] | None = None
+    ) -> None:
+        """Take the trainable variables as they are now.
+
+        Args:
+            parts: Parts of the classifier.
+            batch_size: Global batch size, over all replicas.
+            multipliers: Variable path -> factor on the learning rate; 1 where it is missing.
+        """
+        self._parts = parts
+        self._head = HeadOnFeatures(parts, batch_size)
+        self.variables = [*parts.backbone.trainable_variables, *self._head.variables]
+        self.rate_multipliers: Sequence[float] = [(multipliers or {}).get(v.path, 1.0) for v in self.variables]
+        self.state = self._head.state
+
+    def train_logits(self, inputs: Any, position: Any, seed: Any) -> Any:
+        """Return logits in training mode; see `loop.Trainable`."""
+        return self._head.train_logits(self.pooled(inputs), position, seed)
+
+    def logits(self, inputs: Any) -> Any:
+        """Return logits in inference mode; see `loop.Trainable`."""
+        return self._head.logits(self.pooled(inputs))
+
+    def pooled(self, inputs: Any) -> Any:
+        """Return pooled features `float32[batch, dim]` of images `float32[batch, size, size, 3]`."""
+        return self._parts.pool(self._parts.backbone(inputs, training=False))
+
+
+def _dropout(inputs: Any, rate: float, position: Any, seed: Any, batch_size: int) -> Any:
+    """Drop inputs by a mask that does not depend on the number of replicas.
+
+    Keras's dropout draws the same mask on every replica and counts its draws. Here every replica draws the
+    mask of the whole global batch, a function of the run's seed and the step, and takes its rows.
+    """
+    if not rate:
+        return inputs
+    uniform = tf.random.stateless_uniform([batch_size, inputs.shape[-1]], tf.cast(seed, tf.int32))
+    keep = tf.cast(tf.gather(uniform, position) >= rate, inputs.dtype)
+    return inputs * keep / (1 - rate)
+
+
+def _changing_state(layers: Sequence[Any]) -> list[Any]:
+    return [
+        variable
+        for layer in layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+        for variable in layer.non_trainable_variables
+    ]
