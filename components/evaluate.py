@@ -38,18 +38,17 @@ def evaluate(
     arguments = locals()
     import shutil
 
+    import kubegraft.evaluation.evaluate as stage
     from kubegraft.config import EvaluateConfig, from_arguments
-    from kubegraft.evaluation.evaluate import confusion_matrix_of
-    from kubegraft.evaluation.evaluate import evaluate as run
     from kubegraft.processes import exit_on_error
     from kubegraft.stage import require_digest
 
     with exit_on_error("evaluate"):
         require_digest(dataset.path, dataset_digest)
         config = from_arguments(EvaluateConfig, arguments)
-        result = run(dataset.path, model.path, evaluation.path, config, reference_model.path)
+        result = stage.evaluate(dataset.path, model.path, evaluation.path, config, reference_model.path)
         for name, value in result.metrics.items():
             metrics.log_metric(name, value)
-        classification_metrics.log_confusion_matrix(*confusion_matrix_of(evaluation.path))
+        classification_metrics.log_confusion_matrix(*stage.confusion_matrix_of(evaluation.path))
         shutil.copyfile(f"{evaluation.path}/report.html", report.path)
         evaluation.metadata.update(result.provenance)

@@ -111,8 +111,7 @@ def resolve_fine_tune(
         "augmentation": _fine_tune_augmentation(facts),
         "class_weights": _class_weights(facts),
     }
-    resolved, choices = _resolved(config, proposals)
-    return dataclasses.replace(resolved, unfreeze_fraction=AUTO), choices
+    return _resolved(dataclasses.replace(config, unfreeze_fraction=AUTO), proposals)
 
 
 def _resolved(config: Config, proposals: dict[str, tuple[Any, str]]) -> tuple[Config, tuple[Choice, ...]]:

@@ -1,12 +1,36 @@
-"""Settings that must be made before TensorFlow does anything; every stage that trains calls `setup` first."""
+"""Settings that must be made before TensorFlow does anything; whoever needs TensorFlow imports this first."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
 
 # Keras reads its backend once, at import; a user's ~/.keras/keras.json must not turn kubegraft into JAX.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hide what native code prints, unless the block fails; TensorFlow's start-up notes obey no log level."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as hidden, os.fdopen(os.dup(2), "wb") as kept:
+        os.dup2(hidden.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            hidden.seek(0)
+            kept.write(hidden.read())
+            raise
+        finally:
+            os.dup2(kept.fileno(), 2)
+
+
+with _quiet_stderr():
+    import tensorflow as tf
 
 
 def setup(seed: int) -> None:
@@ -16,7 +40,6 @@ def setup(seed: int) -> None:
         seed: Seed of Python's, numpy's and TensorFlow's global generators.
     """
     import keras
-    import tensorflow as tf
 
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)

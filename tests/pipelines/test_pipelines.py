@@ -1,0 +1,115 @@
+import dataclasses
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kubegraft.run_config import RunConfig, pipeline_parameters
+from pipelines._parameters import CLUSTER_PARAMETERS
+from pipelines.compile import COMPILED_DIR, check, compile_all
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    """The committed pipeline, and its platform-specific part."""
+    spec, platform = yaml.safe_load_all((COMPILED_DIR / "transfer_learning.yaml").read_text())
+    return {"spec": spec, "executors": platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]}
+
+
+def parameters(compiled: dict) -> dict:
+    return compiled["spec"]["root"]["inputDefinitions"]["parameters"]
+
+
+def containers(compiled: dict) -> dict:
+    return {name: e["container"] for name, e in compiled["spec"]["deploymentSpec"]["executors"].items()}
+
+
+def test_committed_files_are_what_the_source_compiles_to(capsys):
+    assert check(COMPILED_DIR) == 0, capsys.readouterr().out
+
+
+def test_check_works_from_another_directory_and_finds_a_difference(tmp_path):
+    command = [sys.executable, str(ROOT / "pipelines" / "compile.py"), "--check"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False).returncode == 0
+    shutil.copytree(COMPILED_DIR, tmp_path / "compiled")
+    (tmp_path / "compiled" / "transfer_learning.yaml").write_text("stale: true\n")
+    stale = subprocess.run(
+        [*command, "--output-dir", "compiled"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert stale.returncode == 1
+    assert "make compile" in stale.stdout
+    assert (tmp_path / "compiled" / "transfer_learning.yaml").read_text() == "stale: true\n"
+
+
+def test_compiling_twice_gives_the_same_bytes(tmp_path, capsys):
+    compile_all(tmp_path / "a")
+    compile_all(tmp_path / "b")
+    assert (tmp_path / "a" / "transfer_learning.yaml").read_bytes() == (
+        tmp_path / "b" / "transfer_learning.yaml"
+    ).read_bytes()
+
+
+def test_parameters_and_defaults_are_those_of_the_config(compiled):
+    found = {name: p.get("defaultValue") for name, p in parameters(compiled).items() if name not in CLUSTER_PARAMETERS}
+    assert found == pipeline_parameters(RunConfig())
+
+
+def test_every_parameter_reads_well_in_the_ui(compiled):
+    for name, parameter in parameters(compiled).items():
+        assert len(parameter["description"]) > 20, name
+        assert parameter["isOptional"], f"{name} has no default"
+
+
+def test_the_digest_reaches_every_later_task(compiled):
+    tasks = compiled["spec"]["root"]["dag"]["tasks"]
+    for name in tasks.keys() - {"ingest"}:
+        source = tasks[name]["inputs"]["parameters"]["dataset_digest"]["taskOutputParameter"]
+        assert source == {"outputParameterKey": "dataset_digest", "producerTask": "ingest"}
+
+
+def test_ingest_alone_is_never_answered_from_the_cache(compiled):
+    tasks = compiled["spec"]["root"]["dag"]["tasks"]
+    cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}
+    assert cached == tasks.keys() - {"ingest"}
+
+
+def test_every_container_is_bounded_and_not_root(compiled):
+    for name, container in containers(compiled).items():
+        assert {"resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest", "resourceMemoryLimit"} <= (
+            container["resources"].keys()
+        ), name
+        assert compiled["executors"][name]["securityContext"]["runAsNonRoot"] is True
+        assert "latest" not in container["image"]
+        assert "pip install" not in str(container["command"])
+
+
+def test_accelerators_are_parameters_of_both_training_tasks(compiled):
+    with_accelerators = {
+        name for name, container in containers(compiled).items() if "accelerator" in container["resources"]
+    }
+    assert with_accelerators == {"exec-train-head", "exec-fine-tune"}
+    for name in with_accelerators:
+        executor = compiled["executors"][name]
+        assert executor["tolerations"]
+        assert executor["nodeSelector"]
+        assert {"mountPath": "/dev/shm", "medium": "Memory"}.items() <= executor["emptyDirMounts"][-1].items()  # noqa: S108
+
+
+def test_lost_nodes_are_retried(compiled):
+    for task in compiled["spec"]["root"]["dag"]["tasks"].values():
+        assert task["retryPolicy"]["maxRetryCount"] == 2
+
+
+def test_the_signature_has_no_parameter_twice():
+    from pipelines.transfer_learning import transfer_learning
+
+    names = list(inspect.signature(transfer_learning.pipeline_func).parameters)
+    assert len(names) == len(set(names))
+    assert "source" in names
+    assert dataclasses.is_dataclass(RunConfig)

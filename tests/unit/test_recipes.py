@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+
+from kubegraft.config import AUTO, AUTO_NAME, FineTuneConfig, HeadConfig
+from kubegraft.data.manifest import DatasetFacts
+from kubegraft.recipes import resolve_fine_tune, resolve_head
+
+SIGNS = DatasetFacts(
+    num_train=990,
+    num_validation=300,
+    num_classes=10,
+    smallest_class=99,
+    largest_class=99,
+    median_height=100,
+    median_width=100,
+)
+
+
+def head(facts=SIGNS, config=None, native=224):
+    return resolve_head(
+        config or HeadConfig(), facts, native_input_size=native, accepted_input_size=lambda side: -(-side // 32) * 32
+    )
+
+
+def fine_tune(facts=SIGNS, config=None, blocks=16, parameters=3_400_000):
+    return resolve_fine_tune(
+        config or FineTuneConfig(), facts, num_backbone_blocks=blocks, num_backbone_parameters=parameters
+    )
+
+
+@pytest.mark.parametrize("resolve", [head, fine_tune], ids=["head", "fine_tune"])
+def test_nothing_is_left_open_and_every_choice_has_a_reason(resolve):
+    config, choices = resolve()
+    unfreeze = {"unfreeze_fraction"}  # says the same as num_blocks, which is chosen
+    for field in dataclasses.fields(config):
+        if field.name not in unfreeze | {"mixed_precision"}:
+            assert getattr(config, field.name) not in (AUTO, AUTO_NAME), field.name
+    assert all(choice.reason for choice in choices)
+
+
+def test_what_the_user_set_stays():
+    config, choices = head(config=HeadConfig(learning_rate=0.5, input_size=64, augmentation="flip"))
+    assert (config.learning_rate, config.input_size, config.augmentation) == (0.5, 64, "flip")
+    assert {c.name for c in choices if c.reason == "set by the user"} == {"learning_rate", "input_size", "augmentation"}
+
+
+@pytest.mark.parametrize(("side", "expected"), [(8, 96), (28, 96), (50, 160), (100, 224), (1000, 224)])
+def test_small_pictures_get_a_small_input(side, expected):
+    facts = dataclasses.replace(SIGNS, median_height=side, median_width=side + 5)
+    assert head(facts)[0].input_size == expected
+
+
+def test_imbalance_is_balanced():
+    assert head(dataclasses.replace(SIGNS, largest_class=400))[0].class_weights == "balanced"
+    assert head()[0].class_weights == "none"
+
+
+def test_a_fraction_becomes_whole_blocks():
+    assert fine_tune(config=FineTuneConfig(unfreeze_fraction=0.5))[0].num_blocks == 8
+    assert fine_tune(config=FineTuneConfig(unfreeze_fraction=1))[0].num_blocks == 16
+    assert fine_tune(config=FineTuneConfig(num_blocks=0))[0].num_blocks == 0
+
+
+def test_a_large_backbone_is_moved_gently():
+    assert fine_tune(parameters=140_000_000)[0].learning_rate < fine_tune()[0].learning_rate
+
+
+def test_more_images_a_class_unfreeze_more():
+    few = dataclasses.replace(SIGNS, num_train=50)
+    many = dataclasses.replace(SIGNS, num_train=100_000)
+    assert fine_tune(few)[0].num_blocks < fine_tune()[0].num_blocks < fine_tune(many)[0].num_blocks

@@ -1,0 +1,179 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+from kubegraft.errors import DivergenceError, Interrupted
+from kubegraft.training import loop
+from kubegraft.training.distribution import divisible_batch_size, make_strategy
+from kubegraft.training.loop import LoopConfig, train
+from kubegraft.training.sources import FeatureSource
+from kubegraft.training.trainables import HeadOnFeatures
+
+NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES, BATCH_SIZE = 43, 12, 3, 16
+
+
+def examples() -> FeatureSource:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, NUM_CLASSES, NUM_EXAMPLES).astype(np.int32)
+    features = random.standard_normal((NUM_EXAMPLES, NUM_FEATURES)).astype(np.float32)
+    features[:, 0] += 2 * labels
+    return FeatureSource(features, labels)
+
+
+def head() -> tuple[HeadOnFeatures, list]:
+    keras.utils.set_random_seed(4)
+    layers = [
+        keras.layers.Dense(8, activation="relu"),
+        keras.layers.BatchNormalization(synchronized=True),
+        keras.layers.Dropout(0.3),
+        keras.layers.Dense(NUM_CLASSES),
+    ]
+    model = keras.Sequential(layers)
+    model.build((None, NUM_FEATURES))
+    return HeadOnFeatures(SimpleNamespace(head_layers=layers), BATCH_SIZE), model
+
+
+def config(**options) -> LoopConfig:
+    defaults = {
+        "phase": "train_head",
+        "num_classes": NUM_CLASSES,
+        "batch_size": BATCH_SIZE,
+        "num_epochs": 3,
+        "learning_rate": 0.02,
+        "warmup_fraction": 0.2,
+        "weight_decay": 0.1,
+        "label_smoothing": 0.1,
+        "gradient_clip_norm": 0.3,
+        "patience": 50,
+        "time_budget_seconds": 0,
+        "checkpoint_interval_seconds": 0,
+        "seed": 5,
+        "mixup_alpha": 0.2,
+        "class_weights": np.array([1, 2, 0.5], np.float32),
+    }
+    return LoopConfig(**defaults | options)
+
+
+def run(path: Path, devices=("CPU:0",), **options):
+    strategy = make_strategy(devices)
+    with strategy.scope():
+        trainable, model = head()
+    history = train(strategy, trainable, (examples(), examples()), config(**options), path)
+    return history, [variable.numpy() for variable in model.variables]
+
+
+def test_the_same_run_twice_gives_the_same_weights(tmp_path):
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    for one, other in zip(first[1], second[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_training_learns(tmp_path):
+    history, _ = run(tmp_path / "c", num_epochs=12, mixup_alpha=0.0)
+    assert history.best["validation_accuracy"] > history.start["validation_accuracy"] + 0.2
+    assert history.best["validation_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("steps_before_stop", [1, 3, 4, 7])
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, steps_before_stop):
+    undisturbed, expected = run(tmp_path / "undisturbed")
+    remaining = iter([False] * (steps_before_stop - 1) + [True])
+    monkeypatch.setattr(loop, "stop_requested", lambda: next(remaining, False))
+    with pytest.raises(Interrupted, match="saved a checkpoint"):
+        run(tmp_path / "stopped")
+    history, weights = run(tmp_path / "stopped")
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [e["train_loss"] for e in history.epochs] == [e["train_loss"] for e in undisturbed.epochs]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    _, expected = run(tmp_path / "c")
+    modified = (tmp_path / "c").stat().st_mtime_ns
+    _, weights = run(tmp_path / "c")
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (tmp_path / "c").stat().st_mtime_ns == modified
+
+
+def test_the_start_is_kept_if_no_epoch_beats_it(tmp_path):
+    strategy = make_strategy(["CPU:0"])
+    with strategy.scope():
+        trainable, model = head()
+    source = examples()
+    train(strategy, trainable, (source, source), config(num_epochs=30, mixup_alpha=0.0), tmp_path / "good")
+    before = [variable.numpy() for variable in model.variables]
+    shuffled = FeatureSource(source.features, np.roll(source.labels, 1))  # nothing to learn but harm
+    history = train(strategy, trainable, (shuffled, source), config(learning_rate=1.0), tmp_path / "harm")
+    assert history.best_epoch == -1
+    assert history.best == history.start
+    for variable, array in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), array)
+
+
+def test_training_stops_when_nothing_improves(tmp_path):
+    history, _ = run(tmp_path / "c", num_epochs=50, learning_rate=1e-9, patience=2, warmup_fraction=0.0)
+    assert len(history.epochs) < 50
+    assert "no better validation result in 2 epochs" in history.stopped
+
+
+def test_a_time_budget_ends_training_within_an_epoch(tmp_path):
+    history, _ = run(tmp_path / "c", num_epochs=10_000, time_budget_seconds=0.5)
+    assert "time budget" in history.stopped
+    assert len(history.epochs) < 10_000
+
+
+def test_a_loss_that_is_no_number_is_a_clear_error(tmp_path):
+    source = examples()
+    source.features[5] = np.nan
+    strategy = make_strategy(["CPU:0"])
+    with strategy.scope():
+        trainable, _ = head()
+    with pytest.raises(DivergenceError, match=r"epoch 0, step \d.*Lower `learning_rate`"):
+        train(strategy, trainable, (source, source), config(), tmp_path / "c")
+
+
+def test_the_rate_rises_then_falls(tmp_path):
+    rates = [epoch["learning_rate"] for epoch in run(tmp_path / "c", num_epochs=8)[0].epochs]
+    assert rates[-1] < 1e-6 < max(rates) <= 0.02
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+@pytest.mark.parametrize(("batch_size", "replicas", "expected"), [(32, 1, 32), (32, 3, 33), (1, 8, 8), (30, 4, 32)])
+def test_a_batch_divides_evenly(batch_size, replicas, expected):
+    assert divisible_batch_size(batch_size, replicas) == expected
+
+
+TWO_DEVICES = """
+import json, sys
+from pathlib import Path
+import tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+sys.path.insert(0, {tests!r})
+from test_training_loop import run
+history, _ = run(Path(sys.argv[1]) / "two", devices=("CPU:0", "CPU:1"))
+print("HISTORY", json.dumps([history.start, *history.epochs]))
+"""
+
+
+def test_two_devices_see_the_losses_of_one(tmp_path):
+    """With an uneven last batch, clipping, dropout, batch norm, mixup and class weights."""
+    script = TWO_DEVICES.format(tests=str(Path(__file__).parent))
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+    line = next(line for line in output.splitlines() if line.startswith("HISTORY"))
+    two = json.loads(line.removeprefix("HISTORY"))
+    history, _ = run(tmp_path / "one")
+    one = [history.start, *history.epochs]
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"seconds"}:
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
