@@ -1,0 +1,255 @@
+"""The whole pipeline on this machine: the function that is compiled for the cluster, run by `kfp.local`.
+
+Around it: checks before any work, a lock on the output directory, a readable log, an end in good order when
+the process is asked to stop, and results at paths that stay the same (`run_results`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import kubegraft
+from kubegraft import errors, storage
+from kubegraft.child_processes import StopRequest, stopping_children
+from kubegraft.config_file import to_values
+from kubegraft.errors import ConfigError, EnvironmentFault, Interrupted, KubegraftError
+from kubegraft.processes import ERROR_FILE, RUN_PID_VARIABLE, WORK_DIR_VARIABLE
+from kubegraft.reporting.events import log_event
+from kubegraft.run_config import RunConfig, pipeline_parameters
+from kubegraft.run_log import RunLog, without_executor_echo
+from kubegraft.run_results import find_run_dir, publish, read_results, summarise, tidy, write_summary
+from kubegraft.stage import FRESH_VARIABLE
+
+_LOCK_FILE: Final = ".kubegraft-run"
+LOG_FILE: Final = "run.log"
+_COMPILED: Final = Path(kubegraft.__file__).parent / "compiled" / "transfer_learning.yaml"
+
+
+def run_locally(
+    run_config: RunConfig, output: str | os.PathLike[str], *, fresh: bool = False
+) -> dict[str, Any]:
+    """Run the pipeline here, and publish its report, model and metrics.
+
+    A call that is killed and made again with the same arguments continues where it was.
+
+    Args:
+        run_config: What to run.
+        output: Directory for everything the run writes; made if need be.
+        fresh: Whether to start over instead of continuing or reusing earlier work.
+
+    Returns:
+        The summary, which is also in `run.json`: paths, accuracies, digests, config.
+
+    Raises:
+        KubegraftError: What a stage raised, or what is wrong before any work.
+        KeyboardInterrupt: If the user interrupted the run.
+    """
+    started = time.monotonic()
+    output_dir = Path(output).absolute()
+    check_before_work(run_config, output_dir)
+    with _locked(output_dir):
+        pipeline = load_pipeline()
+        run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
+        results = read_results(run_dir)
+        publish(run_dir, output_dir)
+        seconds = time.monotonic() - started
+        summary = summarise(os.fspath(output), results, to_values(run_config), seconds)
+        write_summary(summary, output_dir)
+        tidy(run_dir, output_dir, results)
+    return summary
+
+
+def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
+    """Raise what would stop the run later: a wrong backbone, input size, weights, source or output.
+
+    Raises:
+        ConfigError: If a local source does not exist, the backbone is unknown or does not take the input
+            size, or the output holds something else.
+        WeightsError: If the backbone's weights can't be had.
+    """
+    from kubegraft.config import AUTO
+    from kubegraft.modeling.backbones import get_backbone
+    from kubegraft.modeling.weights import check_weights
+
+    _check_source(run_config.ingest.source, output_dir)
+    _check_output(output_dir)
+    head = run_config.head
+    backbone = get_backbone(head.backbone)
+    if head.input_size != AUTO:
+        backbone.check_input_size(head.input_size)
+    check_weights(backbone, head.weights, head.weights_sha256)
+
+
+def _check_source(source: str, output_dir: Path) -> None:
+    if storage.is_remote(source):
+        return  # also a sample; ingest, which is the first stage, looks
+    path = storage.local_path(source).absolute()
+    if not path.exists():
+        raise ConfigError(
+            f"`source` must exist. Received: source={source!r}, which is {str(path)!r}. Check the spelling; "
+            "without a folder of your own, sample://digits needs none."
+        )
+    if path.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
+        raise ConfigError(
+            f"`output` must be outside of the images, or the next run would take its files for a class. "
+            f"Received: output={str(output_dir)!r}, source={source!r}. Choose another output directory."
+        )
+
+
+def _check_output(output_dir: Path) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"`output` must be a directory. Received: output={str(output_dir)!r}, a file.")
+    ours = (output_dir / _LOCK_FILE).exists()
+    if output_dir.exists() and not ours and any(output_dir.iterdir()):
+        raise ConfigError(
+            "`output` must not exist, be empty, or hold an earlier run. Received: "
+            f"output={str(output_dir)!r}, which holds other files. Choose another directory."
+        )
+
+
+@contextlib.contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    """Hold the output directory; the kernel gives the lock back however this process ends."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / _LOCK_FILE).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise ConfigError(
+                f"`output` must not be in use by another run. Received: output={str(output_dir)!r}, in which "
+                f"process {lock.read().strip() or '?'} is running. Wait for it, or choose another directory."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def load_pipeline() -> Callable[..., Any]:
+    """Return the pipeline: the function in the checkout, or the packaged YAML that was compiled from it.
+
+    Raises:
+        EnvironmentFault: If there is neither.
+    """
+    if checkout := find_checkout():
+        sys.path.insert(0, str(checkout))
+        try:
+            module = importlib.import_module("pipelines.transfer_learning")
+        finally:
+            sys.path.remove(str(checkout))
+        pipeline: Callable[..., Any] = module.transfer_learning
+        return pipeline
+    from kfp import components
+
+    loaded: Callable[..., Any] = components.load_component_from_file(str(packaged_pipeline()))
+    return loaded
+
+
+def packaged_pipeline() -> Path:
+    """Return the path of the compiled pipeline in an installed kubegraft.
+
+    Raises:
+        EnvironmentFault: If it is not there.
+    """
+    if not _COMPILED.exists():
+        raise EnvironmentFault(
+            f"`{_COMPILED}` must exist in an installed kubegraft. The installation is damaged: do it again."
+        )
+    return _COMPILED
+
+
+def find_checkout() -> Path | None:
+    """Return the directory of the source checkout that this kubegraft is imported from, or None."""
+    for parent in Path(kubegraft.__file__).resolve().parents:
+        if (parent / "pipelines" / "transfer_learning.py").exists() and (parent / "components").is_dir():
+            return parent
+    return None
+
+
+def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, *, fresh: bool) -> Path:
+    from kfp import local
+
+    pipeline_root, work_dir = output_dir / "kfp", output_dir / "work"
+    for directory in (pipeline_root, work_dir):
+        directory.mkdir(exist_ok=True)
+    before = {path.name for path in pipeline_root.iterdir()}
+    (work_dir / ERROR_FILE).unlink(missing_ok=True)
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
+    with (
+        _environment(work_dir, fresh=fresh),
+        RunLog(output_dir / LOG_FILE) as log,
+        stopping_children() as stop,
+        warnings.catch_warnings(),
+    ):
+        # kfp doubts every image whose name lacks "python".
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp")
+        try:
+            with contextlib.redirect_stdout(log):
+                pipeline(**pipeline_parameters(run_config))
+        except RuntimeError as error:
+            raise _failure(log, work_dir, stop, error) from error
+    return find_run_dir(pipeline_root, before)
+
+
+@contextlib.contextmanager
+def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
+    """Set the variables that stage processes inherit, and set them back."""
+    changes = {
+        WORK_DIR_VARIABLE: str(work_dir),
+        RUN_PID_VARIABLE: str(os.getpid()),
+        FRESH_VARIABLE: "1" if fresh else "",
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    earlier = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in earlier.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _failure(log: RunLog, work_dir: Path, stop: StopRequest, error: RuntimeError) -> BaseException:
+    """Return what to raise for a failed run: a stop, a stage's error, or an unexpected end."""
+    log.flush()
+    if stop.interrupted:
+        return KeyboardInterrupt()
+    if stop.requested:
+        return Interrupted("The run was asked to stop. Start it again with the same arguments to continue.")
+    record = work_dir / ERROR_FILE
+    if record.exists():
+        log_event("run", "failed", log=str(log.path))
+        return _recorded_error(json.loads(record.read_text(encoding="utf-8")))
+    print(without_executor_echo(log.tail()), file=sys.stderr)  # noqa: T201 - all that is known
+    return KubegraftError(
+        f"A stage ended unexpectedly: {_without_colours(str(error))} What it printed is above, and also in "
+        f"{log.path}. If it says nothing, the system may have ended it for want of memory."
+    )
+
+
+def _recorded_error(record: dict[str, Any]) -> KubegraftError:
+    kind = getattr(errors, str(record["type"]), KubegraftError)
+    if not (isinstance(kind, type) and issubclass(kind, KubegraftError)):
+        kind = KubegraftError
+    return kind(str(record["message"]))
+
+
+def _without_colours(text: str) -> str:
+    import re
+
+    return re.sub(r"\x1b\[\d+m", "", text)
