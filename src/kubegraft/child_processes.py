@@ -32,6 +32,7 @@ class StopRequest:
 
     requested: bool = False
     interrupted: bool = False
+    _deadline: float = 0.0
     _ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -47,10 +48,12 @@ def stopping_children() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, _: Any) -> None:
-        again, stop.requested = stop.requested, True
         stop.interrupted = stop.interrupted or number == signal.SIGINT
-        grace_seconds = 0.0 if again else _GRACE_SECONDS
-        threading.Thread(target=_end_children, args=(stop, grace_seconds), daemon=True).start()
+        if stop.requested:
+            stop._deadline = 0.0
+            return
+        stop.requested, stop._deadline = True, time.monotonic() + _GRACE_SECONDS
+        threading.Thread(target=_end_children, args=(stop,), daemon=True).start()
 
     earlier = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -61,23 +64,20 @@ def stopping_children() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _end_children(stop: StopRequest, grace_seconds: float) -> None:
+def _end_children(stop: StopRequest) -> None:
     """Ask every process below to stop, also those that start meanwhile, then kill those that are left.
 
     All are remembered by their id, since what a shell started belongs to another parent once it has ended.
     """
-    deadline = time.monotonic() + grace_seconds
     asked: set[int] = set()
-    while not stop._ended.wait(_POLL_SECONDS if asked else 0):
-        late = time.monotonic() >= deadline
+    while not stop._ended.is_set():
         for pid in descendants(os.getpid()) - asked:
             asked.add(pid)
             _send(pid, signal.SIGTERM)
-        if late:
+        if time.monotonic() >= stop._deadline:
             for pid in asked:
                 _send(pid, signal.SIGKILL)
-        if not asked:
-            time.sleep(_POLL_SECONDS)
+        stop._ended.wait(_POLL_SECONDS)
 
 
 def _send(pid: int, number: signal.Signals) -> None:
