@@ -61,7 +61,9 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
     image = tf.cond(
         is_jpeg,
         lambda: _decode_jpeg(encoded),
-        lambda: tf.cond(tf.equal(head, b"\x89PNG"), lambda: _decode_png(encoded), lambda: _decode_gif(encoded)),
+        lambda: tf.cond(
+            tf.equal(head, b"\x89PNG"), lambda: _decode_png(encoded), lambda: _decode_gif(encoded)
+        ),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -139,13 +141,15 @@ def _scaled_to_uint8(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
     # INTEGER_ACCURATE is libjpeg's own default and Pillow's; TensorFlow's default is faster and coarser.
-    pixels = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE", try_recover_truncated=False)
+    pixels = tf.io.decode_jpeg(
+        encoded, channels=3, dct_method="INTEGER_ACCURATE", try_recover_truncated=False
+    )
     orientation = exif_orientation(encoded)
     return tf.cond(tf.equal(orientation, 1), lambda: pixels, lambda: turn_upright(pixels, orientation))
 
 
 def _decode_png(encoded: tf.Tensor) -> tf.Tensor:
-    # The file's own channels: asked for 4, TensorFlow fills images of less than 8 bits with alpha 2**bits - 1.
+    # The file's own channels: asked for 4, TensorFlow gives images of less than 8 bits the alpha 2**bits - 1.
     pixels = tf.io.decode_png(encoded, channels=0)
     num_channels = tf.shape(pixels)[2]
     num_colours = num_channels - (1 - num_channels % 2)  # grey or RGB, each with or without alpha
@@ -210,7 +214,7 @@ def _bytes_at(encoded: tf.Tensor, start: tf.Tensor, size: tf.Tensor | int) -> tf
 
 
 def _find_exif(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Walk the segments before the picture; return start and size of Exif's TIFF structure, size 0 for none."""
+    """Walk the segments before the picture; return start and size of the Exif data, size 0 for none."""
     signature = tf.constant(list(b"Exif\0\0"), tf.int32)
 
     def step(position: tf.Tensor, start: tf.Tensor, size: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -219,7 +223,9 @@ def _find_exif(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         is_padding = tf.equal(marker, 0xFF)
         length = head[2] * 256 + head[3]
         is_exif = tf.equal(marker, _APP1) & tf.reduce_all(tf.equal(head[4:], signature)) & (length > 8)
-        goes_on = tf.equal(head[0], 0xFF) & ~is_exif & (is_padding | ((length >= 2) & (marker != _START_OF_SCAN)))
+        goes_on = (
+            tf.equal(head[0], 0xFF) & ~is_exif & (is_padding | ((length >= 2) & (marker != _START_OF_SCAN)))
+        )
         return (
             position + tf.where(is_padding, 1, 2 + length),
             tf.where(is_exif, position + 10, start),
@@ -243,7 +249,9 @@ def _orientation_of_tiff(tiff: tf.Tensor) -> tf.Tensor:
 
     def number(values: tf.Tensor) -> tf.Tensor:
         """Read 16-bit numbers from the last axis."""
-        return tf.where(is_little, values[..., 1] * 256 + values[..., 0], values[..., 0] * 256 + values[..., 1])
+        return tf.where(
+            is_little, values[..., 1] * 256 + values[..., 0], values[..., 0] * 256 + values[..., 1]
+        )
 
     # A segment has less than 64 KiB, so an offset that needs its upper half points outside.
     upper, lower = number(padded[4:6]), number(padded[6:8])

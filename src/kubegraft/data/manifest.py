@@ -60,10 +60,10 @@ class DatasetFacts:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One accepted image.
+    r"""One accepted image.
 
     Attributes:
-        path: Path below the source's root, `/` between folders; bytes that are not UTF-8 show as `\\xff`.
+        path: Path below the source's root, `/` between folders; bytes that are not UTF-8 show as `\xff`.
         label: Class name (`class` in the file).
         split: One of `SPLITS`.
         sha256: Digest of the file's bytes, 64 hex digits.

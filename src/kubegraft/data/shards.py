@@ -143,7 +143,8 @@ class SplitReader:
         if split not in manifest.splits:
             known = tuple(manifest.splits)
             raise DataError(
-                f"`split` must be one of {', '.join(known)}. Received: split={split!r}.{suggestion(split, known)}"
+                f"`split` must be one of {', '.join(known)}. Received: split={split!r}."
+                f"{suggestion(split, known)}"
             )
         self.split = split
         self._dir = Path(dataset_dir)
@@ -187,9 +188,9 @@ class SplitReader:
         encoded = os.pread(self._descriptor(number), length, offset)
         if hashlib.sha256(encoded).digest() != self._digests[index].tobytes():
             raise DataError(
-                f"`{self._dir / self._shards[number]}` is damaged: the bytes of image {index} of the {self.split} "
-                f"split don't have the digest that ingest recorded. Received: {len(encoded)} of {length} bytes "
-                f"at offset {offset}. Ingest the images again, or restore the shard from a copy."
+                f"`{self._dir / self._shards[number]}` is damaged: the bytes of image {index} of the "
+                f"{self.split} split don't have the digest that ingest recorded. Received: {len(encoded)} of "
+                f"{length} bytes at offset {offset}. Ingest again, or restore the shard from a copy."
             )
         return encoded
 
@@ -235,7 +236,9 @@ class SplitReader:
         except (OSError, ValueError, EOFError) as error:
             raise self._unreadable(name, f"{type(error).__name__}: {error}") from error
         if array.shape != shape or array.dtype != dtype:
-            raise self._unreadable(name, f"{array.dtype}{list(array.shape)}, expected {np.dtype(dtype)}{list(shape)}")
+            raise self._unreadable(
+                name, f"{array.dtype}{list(array.shape)}, expected {np.dtype(dtype)}{list(shape)}"
+            )
         return np.asarray(array)
 
     def _unreadable(self, name: str, received: str) -> DataError:
