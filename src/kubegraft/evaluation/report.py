@@ -109,11 +109,12 @@ def _plots(model: EvaluatedModel, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparison_bars(metrics: dict[str, float]) -> list[Any]:
+    from kubegraft.reporting.html import percent
     from kubegraft.reporting.plots import Bar
 
     names = {"reference_test_accuracy": "before fine-tuning", "test_accuracy": "after fine-tuning"}
     return [
-        Bar(label, metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"], f"{metrics[name]:.1%}")
+        Bar(label, metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"], percent(metrics[name]))
         for name, label in names.items()
         if name in metrics
     ]

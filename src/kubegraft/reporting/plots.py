@@ -83,7 +83,7 @@ def _draw_phase(canvas: Canvas, curve: Curve, vertical: Scale, start: float, end
         canvas.line((start, top - 16), (start, bottom), color=MUTED, dashes="2 3")
     canvas.text((start + 8, top - 8), curve.name, size=12, color=INK, weight=600, max_width=end - start - 10)
     for tick in svg.ticks(first, max(num_epochs, 1), int((end - start) / 60) + 1):
-        if tick == int(tick):
+        if tick == int(tick) and (end > 491 or horizontal(tick) < end - 18):
             canvas.text((horizontal(tick), bottom + 18), f"{tick:g}", anchor="middle")
     measured = [(index + 1, value) for index, value in enumerate(curve.train) if math.isfinite(value)]
     canvas.polyline([(horizontal(x), vertical(y)) for x, y in measured], color=SECOND, dashes="5 3")
@@ -152,9 +152,10 @@ def _draw_bin(canvas: Canvas, each: ReliabilityBin, horizontal: Scale, vertical:
     width = max(right - left, 1)
     tip = f"{each.count} images: confidence {each.confidence:.1%}, accuracy {each.accuracy:.1%}"
     top, ideal = vertical(each.accuracy), vertical(each.confidence)
-    canvas.rect((left, top), (width, vertical(0) - top), color=ACCENT, opacity=0.8, radius=2, tip=tip)
-    gap_top, gap_height = min(top, ideal), abs(top - ideal)
-    canvas.rect((left, gap_top), (width, gap_height), color=SECOND, opacity=0.45, tip=tip)
+    honest = max(top, ideal)
+    canvas.rect((left, honest), (width, vertical(0) - honest), color=ACCENT, opacity=0.8, tip=tip)
+    gap = SECOND if each.confidence > each.accuracy else THIRD
+    canvas.rect((left, min(top, ideal)), (width, abs(top - ideal)), color=gap, opacity=0.55, tip=tip)
     height = max(48 * each.count / most, 1)
     canvas.rect((left, 356 - height), (width, height), color=MUTED, opacity=0.6, radius=1, tip=tip)
 
@@ -257,9 +258,9 @@ def _draw_bar(canvas: Canvas, bar: Bar, horizontal: Scale, *, y: float, label: f
     width = horizontal(bar.value) - horizontal(0)
     canvas.rect((horizontal(0), y + 1), (width, 16), color=ACCENT, opacity=0.8, radius=3, tip=tip)
     low, high = horizontal(bar.low), horizontal(bar.high)
-    canvas.line((low, middle), (high, middle), color=THIRD, width=1.6)
+    canvas.line((low, middle), (high, middle), color=INK, width=1.4)
     for end in (low, high):
-        canvas.line((end, middle - 4), (end, middle + 4), color=THIRD, width=1.6)
+        canvas.line((end, middle - 4), (end, middle + 4), color=INK, width=1.4)
     canvas.text((790, middle + 4), bar.note)
 
 
