@@ -140,7 +140,7 @@ def _require_mostly_good(files: _Sorted, max_bad_fraction: float) -> None:
     reasons = "; ".join(f"{number} {reason}, such as {example[reason]!r}" for reason, number in worst)
     raise DataError(
         f"More than `max_bad_fraction` of the files in class folders can't be used as images. Received: "
-        f"{len(bad)} of {num_files} ({len(bad) / num_files:.1%}), with max_bad_fraction={max_bad_fraction!r}. "
+        f"{len(bad)} of {num_files} ({len(bad) / num_files:.1%}), max_bad_fraction={max_bad_fraction!r}. "
         f"Most are {reasons}. Repair or remove them, or raise max_bad_fraction."
     )
 

@@ -65,7 +65,7 @@ def read_layout(root: str | os.PathLike[str], *, strip_top_folder: bool = False)
     root = Path(root)
     top = _top_folder(root) if strip_top_folder else root
     split_folders = _split_folders(top)
-    parents: dict[str | None, Path] = {**split_folders} or {None: top}
+    parents: dict[str | None, Path] = {None: top} if not split_folders else dict(split_folders.items())
     class_folders = {
         folder: (split, _class_name(folder.name))
         for split, parent in parents.items()
