@@ -118,7 +118,8 @@ def satisfies(version: str, rule: str) -> bool:
     number = _version_number(version)
     for part in filter(None, rule.split(",")):
         operator, limit = part.strip().rstrip("0123456789."), _version_number(part.strip().lstrip("<>=!~"))
-        if (operator == ">=" and number < limit) or (operator == "<" and number >= limit):
+        broken = {">=": number < limit, "<": number >= limit, "==": number[: len(limit)] != limit}
+        if broken.get(operator, False):
             return False
     return True
 
