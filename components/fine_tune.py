@@ -44,9 +44,9 @@ def fine_tune(
     """
     arguments = locals()
     from kubegraft.config import FineTuneConfig, from_arguments
-    from kubegraft.training.fine_tune import fine_tune as run
     from kubegraft.processes import exit_on_error
     from kubegraft.stage import require_digest
+    from kubegraft.training.fine_tune import fine_tune as run
 
     with exit_on_error("fine_tune"):
         require_digest(dataset.path, dataset_digest)

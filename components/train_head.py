@@ -46,9 +46,9 @@ def train_head(
     """
     arguments = locals()
     from kubegraft.config import HeadConfig, from_arguments
-    from kubegraft.training.head import train_head as run
     from kubegraft.processes import exit_on_error
     from kubegraft.stage import require_digest
+    from kubegraft.training.head import train_head as run
 
     with exit_on_error("train_head"):
         require_digest(dataset.path, dataset_digest)

@@ -39,5 +39,7 @@ def parameter_descriptions() -> dict[str, str]:
         for field in dataclasses.fields(config):
             text = field.metadata["help"]
             descriptions.setdefault(field.name, text)
-            descriptions[f"{stage}_{field.name}"] = f"{STAGE_TITLES[stage]}: {text}" if stage in STAGE_TITLES else text
+            descriptions[f"{stage}_{field.name}"] = (
+                f"{STAGE_TITLES[stage]}: {text}" if stage in STAGE_TITLES else text
+            )
     return descriptions

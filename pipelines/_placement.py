@@ -17,7 +17,7 @@ def prepared(task: Any) -> Any:
     task.set_cpu_request("1").set_cpu_limit("4").set_memory_request("4Gi").set_memory_limit("8Gi")
     task.set_retry(num_retries=2, backoff_duration="30s", backoff_factor=2.0)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
-    kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root file system may be read-only
+    kubernetes.empty_dir_mount(task, "tmp", "/tmp")
     return task
 
 
@@ -28,5 +28,5 @@ def on_accelerators(
     task.set_accelerator_type(accelerator_type).set_accelerator_limit(accelerator_count)
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
-    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")  # noqa: S108
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="2Gi")
     return task

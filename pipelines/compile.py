@@ -1,8 +1,8 @@
 """Compile the pipelines to YAML files that the KFP UI accepts.
 
-    python pipelines/compile.py                  write pipelines/compiled/*.yaml
-    python pipelines/compile.py --check          exit 1 if a committed file differs from its source
-    python pipelines/compile.py --output-dir DIR write elsewhere
+python pipelines/compile.py                  write pipelines/compiled/*.yaml
+python pipelines/compile.py --check          exit 1 if a committed file differs from its source
+python pipelines/compile.py --output-dir DIR write elsewhere
 """
 
 import sys
@@ -21,7 +21,9 @@ COMPILED_DIR = Path(__file__).resolve().parent / "compiled"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile or check as the arguments say; return the exit code."""
-    parser = argparse.ArgumentParser(description="Compile the pipelines to YAML files that the KFP UI accepts.")
+    parser = argparse.ArgumentParser(
+        description="Compile the pipelines to YAML files that the KFP UI accepts."
+    )
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
     parser.add_argument("--output-dir", type=Path, default=COMPILED_DIR, help="default: %(default)s")
     options = parser.parse_args(arguments)

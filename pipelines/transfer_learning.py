@@ -75,8 +75,8 @@ def transfer_learning(
     num_verification_images: int = EXPORT.num_verification_images,
     accelerator_type: str = "nvidia.com/gpu",
     accelerator_count: int = 0,
-    node_selector: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
-    tolerations: list = [],  # noqa: B006
+    node_selector: dict = {},
+    tolerations: list = [],
 ) -> None:
     """A folder of labelled images in, a tested and servable classifier out."""
     ingest_task = ingest(

@@ -30,7 +30,11 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that draws a folder of class folders, or of splits of them."""
 
     def draw(
-        classes: int = 3, per_class: int = 8, size: int = 32, splits: tuple[str, ...] = (), name: str = "images"
+        classes: int = 3,
+        per_class: int = 8,
+        size: int = 32,
+        splits: tuple[str, ...] = (),
+        name: str = "images",
     ) -> Path:
         root = tmp_path / name
         for split_number, split in enumerate(splits or ("",)):

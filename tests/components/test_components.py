@@ -35,7 +35,9 @@ def free_names(function: Callable) -> set[str]:
     """Names that the function takes from its module, which a cluster doesn't have."""
     module = symtable.symtable(ast.unparse(definition_of(function)), "<component>", "exec")
     in_signature = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()}
-    in_body = {symbol.get_name() for table in tables(module) for symbol in table.get_symbols() if symbol.is_global()}
+    in_body = {
+        symbol.get_name() for table in tables(module) for symbol in table.get_symbols() if symbol.is_global()
+    }
     return (in_body | in_signature) - set(dir(builtins)) - {"dsl", function.__name__}
 
 

@@ -36,11 +36,18 @@ def test_committed_files_are_what_the_source_compiles_to(capsys):
 
 def test_check_works_from_another_directory_and_finds_a_difference(tmp_path):
     command = [sys.executable, str(ROOT / "pipelines" / "compile.py"), "--check"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False).returncode == 0
+    assert (
+        subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False).returncode == 0
+    )
     shutil.copytree(COMPILED_DIR, tmp_path / "compiled")
     (tmp_path / "compiled" / "transfer_learning.yaml").write_text("stale: true\n")
     stale = subprocess.run(
-        [*command, "--output-dir", "compiled"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [*command, "--output-dir", "compiled"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert stale.returncode == 1
     assert "make compile" in stale.stdout
@@ -56,7 +63,11 @@ def test_compiling_twice_gives_the_same_bytes(tmp_path, capsys):
 
 
 def test_parameters_and_defaults_are_those_of_the_config(compiled):
-    found = {name: p.get("defaultValue") for name, p in parameters(compiled).items() if name not in CLUSTER_PARAMETERS}
+    found = {
+        name: p.get("defaultValue")
+        for name, p in parameters(compiled).items()
+        if name not in CLUSTER_PARAMETERS
+    }
     assert found == pipeline_parameters(RunConfig())
 
 
@@ -98,7 +109,7 @@ def test_accelerators_are_parameters_of_both_training_tasks(compiled):
         executor = compiled["executors"][name]
         assert executor["tolerations"]
         assert executor["nodeSelector"]
-        assert {"mountPath": "/dev/shm", "medium": "Memory"}.items() <= executor["emptyDirMounts"][-1].items()  # noqa: S108
+        assert {"mountPath": "/dev/shm", "medium": "Memory"}.items() <= executor["emptyDirMounts"][-1].items()
 
 
 def test_lost_nodes_are_retried(compiled):

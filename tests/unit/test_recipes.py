@@ -19,7 +19,10 @@ SIGNS = DatasetFacts(
 
 def head(facts=SIGNS, config=None, native=224):
     return resolve_head(
-        config or HeadConfig(), facts, native_input_size=native, accepted_input_size=lambda side: -(-side // 32) * 32
+        config or HeadConfig(),
+        facts,
+        native_input_size=native,
+        accepted_input_size=lambda side: -(-side // 32) * 32,
     )
 
 
@@ -42,7 +45,11 @@ def test_nothing_is_left_open_and_every_choice_has_a_reason(resolve):
 def test_what_the_user_set_stays():
     config, choices = head(config=HeadConfig(learning_rate=0.5, input_size=64, augmentation="flip"))
     assert (config.learning_rate, config.input_size, config.augmentation) == (0.5, 64, "flip")
-    assert {c.name for c in choices if c.reason == "set by the user"} == {"learning_rate", "input_size", "augmentation"}
+    assert {c.name for c in choices if c.reason == "set by the user"} == {
+        "learning_rate",
+        "input_size",
+        "augmentation",
+    }
 
 
 @pytest.mark.parametrize(("side", "expected"), [(8, 96), (28, 96), (50, 160), (100, 224), (1000, 224)])

@@ -6,7 +6,10 @@ from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
-    arrays = {"a": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32), "n": np.array(7, np.int64)}
+    arrays = {
+        "a": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32),
+        "n": np.array(7, np.int64),
+    }
     position = {"epoch": 2, "history": {"epochs": [{"loss": 0.1}]}}
     save_checkpoint(tmp_path / "c", arrays, position)
     loaded, found = load_checkpoint(tmp_path / "c")

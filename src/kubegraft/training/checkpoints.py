@@ -48,7 +48,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] 
             for name in archive.namelist():
                 if name != _POSITION:
                     with archive.open(name) as member:
-                        arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+                        arrays[name.removesuffix(".npy")] = np.lib.format.read_array(
+                            member, allow_pickle=False
+                        )
             return arrays, position
     except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
         raise TrainingError(

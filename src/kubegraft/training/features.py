@@ -59,7 +59,9 @@ def extract_features(
     saved = time.monotonic()
     with Progress(f"features of {split}", total=num_examples, unit="image") as progress:
         progress.update(min(done_steps * batch_size, num_examples))
-        for step, batch in enumerate(_distribute(strategy, source, batches, batch_size, done_steps), done_steps):
+        for step, batch in enumerate(
+            _distribute(strategy, source, batches, batch_size, done_steps), done_steps
+        ):
             start = step * batch_size
             rows = features[start : start + batch_size]
             rows[:] = compute(batch).numpy()[: len(rows)]
@@ -97,6 +99,8 @@ def _compiled(strategy: Any, forward: Callable[[Any], Any]) -> Callable[[Any], A
     @tf.function
     def compute(batch: Any) -> Any:
         per_replica = strategy.run(forward, args=(batch,))
-        return tf.concat([tf.cast(part, tf.float32) for part in strategy.experimental_local_results(per_replica)], 0)
+        return tf.concat(
+            [tf.cast(part, tf.float32) for part in strategy.experimental_local_results(per_replica)], 0
+        )
 
     return compute

@@ -125,7 +125,9 @@ class _FineTuning:
         )
         if not self.config.num_blocks:
             plan = dataclasses.replace(plan, num_epochs=0)
-        multipliers = rate_multipliers(self.model, self.backbone, self.config.num_blocks, self.config.rate_decay)
+        multipliers = rate_multipliers(
+            self.model, self.backbone, self.config.num_blocks, self.config.rate_decay
+        )
         trainable = HeadOnBackbone(
             parts(self.model),
             self.config.batch_size,

@@ -73,7 +73,12 @@ class _HeadTraining:
         workspace: Workspace,
     ) -> None:
         tensorflow_setup.setup(config.seed)
-        self.dataset_dir, self.manifest, self.backbone, self.workspace = dataset_dir, manifest, backbone, workspace
+        self.dataset_dir, self.manifest, self.backbone, self.workspace = (
+            dataset_dir,
+            manifest,
+            backbone,
+            workspace,
+        )
         self.strategy = make_strategy()
         resolved, self.choices = resolve_head(
             config,
@@ -122,7 +127,9 @@ class _HeadTraining:
         )
 
     def _train(self, model_parts: ClassifierParts) -> History:
-        train_features, validation_features = (self._features(split, model_parts) for split in ("train", "validation"))
+        train_features, validation_features = (
+            self._features(split, model_parts) for split in ("train", "validation")
+        )
         _standardise(model_parts, train_features.features)
         transforms, mixup_alpha = transforms_of(self.config.augmentation)
         trainable: HeadOnFeatures | HeadOnBackbone
@@ -132,7 +139,9 @@ class _HeadTraining:
         else:
             trainable = HeadOnFeatures(model_parts, self.config.batch_size)
             sources = (train_features, validation_features)
-        plan = loop_config(self.config, self.manifest, phase="train_head", warmup_fraction=0.05, mixup_alpha=mixup_alpha)
+        plan = loop_config(
+            self.config, self.manifest, phase="train_head", warmup_fraction=0.05, mixup_alpha=mixup_alpha
+        )
         return train(self.strategy, trainable, sources, plan, self.workspace.scratch / "last.ckpt")
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:

@@ -146,7 +146,9 @@ class _Run:
         if not self._resume():
             self.history.start = self._validate()
             self._keep_best()
-        with Progress(self.config.phase, total=self.num_steps * self.config.num_epochs, unit="step") as progress:
+        with Progress(
+            self.config.phase, total=self.num_steps * self.config.num_epochs, unit="step"
+        ) as progress:
             progress.update(self.epoch * self.num_steps + self.step)
             while not self.history.stopped:
                 if self.epoch >= self.config.num_epochs:
@@ -203,7 +205,10 @@ class _Run:
     def _reason_to_stop(self) -> str:
         if self._over_budget():
             return f"time budget of {self.config.time_budget_seconds:g} s used up"
-        if self.epoch - self.history.best_epoch >= self.config.patience and self.epoch + 1 < self.config.num_epochs:
+        if (
+            self.epoch - self.history.best_epoch >= self.config.patience
+            and self.epoch + 1 < self.config.num_epochs
+        ):
             return f"no better validation result in {self.config.patience} epochs"
         return ""
 
@@ -267,7 +272,9 @@ class _Run:
         arrays, position = found
         variables = self._model_variables()
         _assign(variables, [arrays[f"model_{i}"] for i in range(len(variables))])
-        _assign(self.optimizer.variables, [arrays[f"optimizer_{i}"] for i in range(len(self.optimizer.variables))])
+        _assign(
+            self.optimizer.variables, [arrays[f"optimizer_{i}"] for i in range(len(self.optimizer.variables))]
+        )
         self.best_arrays = [arrays[f"best_{i}"] for i in range(len(variables))]
         self.sums = arrays["sums"]
         self.epoch, self.step = position["epoch"], position["step"]
@@ -326,7 +333,9 @@ def _compile_steps(
         loss = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
         correct = tf.cast(tf.argmax(logits, -1, tf.int32) == tf.cast(label, tf.int32), tf.float32)
         real = numbers[1]
-        return loss, tf.stack([tf.reduce_sum(loss * real), tf.reduce_sum(correct * real), tf.reduce_sum(real)])
+        return loss, tf.stack(
+            [tf.reduce_sum(loss * real), tf.reduce_sum(correct * real), tf.reduce_sum(real)]
+        )
 
     def train_replica(batch: Any, seed: Any) -> Any:
         inputs, numbers = batch

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
-from kubegraft.modeling.classifier import ClassifierParts
+if TYPE_CHECKING:
+    from kubegraft.modeling.classifier import ClassifierParts
 
 
 class HeadOnFeatures:
@@ -64,7 +65,9 @@ class HeadOnBackbone:
         self._parts = parts
         self._head = HeadOnFeatures(parts, batch_size)
         self.variables = [*parts.backbone.trainable_variables, *self._head.variables]
-        self.rate_multipliers: Sequence[float] = [(multipliers or {}).get(v.path, 1.0) for v in self.variables]
+        self.rate_multipliers: Sequence[float] = [
+            (multipliers or {}).get(v.path, 1.0) for v in self.variables
+        ]
         self.state = self._head.state
 
     def train_logits(self, inputs: Any, position: Any, seed: Any) -> Any:
