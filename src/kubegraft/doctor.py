@@ -25,8 +25,6 @@ from typing import Final, Literal
 from kubegraft.config import HeadConfig
 
 Status = Literal["ok", "warn", "fail"]
-# Where keras.applications downloads ImageNet weights from.
-WEIGHTS_URL: Final = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _NETWORK_SECONDS: Final = 2.0
 _TENSORFLOW_SECONDS: Final = 120.0
 _GIB: Final = 2**30
@@ -259,8 +257,11 @@ def check_weights() -> Iterator[Check]:
         yield Check("weights", "fail", f"none for the default backbone, {default}", advice)
 
 
-def check_network(url: str = WEIGHTS_URL) -> Iterator[Check]:
-    """Look whether the place of ImageNet weights can be reached."""
+def check_network(url: str = "") -> Iterator[Check]:
+    """Look whether the place of ImageNet weights, or another `url`, can be reached."""
+    from kubegraft.modeling.imagenet import KERAS_FILES
+
+    url = url or KERAS_FILES
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_NETWORK_SECONDS):
             pass

@@ -30,7 +30,7 @@ def backbones(as_json: bool) -> None:
     rows = [
         [
             str(row["name"]),
-            f"{row['num_parameters'] / 1e6:.1f} M",
+            f"{int(row['num_parameters']) / 1e6:.1f} M",
             str(row["input_size"]),
             str(row["weights"]),
             str(row["license"]),

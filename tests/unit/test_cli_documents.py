@@ -1,0 +1,115 @@
+"""What the documents say, compared with the code."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from kubegraft import errors
+from kubegraft.cli import main
+from kubegraft.cli.group import COMMANDS
+from kubegraft.config_file import load_run_config
+from kubegraft.modeling.backbones import BACKBONES, backbone_table
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+def text_of(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def table_rows(text):
+    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+
+
+def test_exit_codes_are_those_of_the_errors():
+    documented = {
+        row[1].strip("`"): (int(row[0]), row[3] == "yes")
+        for row in table_rows(text_of("docs/errors.md"))
+        if row[0].isdecimal()
+    }
+    actual = {
+        name: (kind.exit_code, kind.retryable)
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.KubegraftError)
+    }
+    assert documented == actual
+
+
+def test_readme_lists_every_command_with_its_summary():
+    rows = {row[0]: row[1] for row in table_rows(text_of("README.md"))}
+    assert {name: rows.get(f"`kubegraft {name}`") for name in COMMANDS} == {
+        name: entry.summary for name, entry in COMMANDS.items()
+    }
+
+
+def readme_backbones():
+    lines = ["| name | Keras | parameters | input size | license |", "|---|---|---:|---:|---|"]
+    lines += [
+        f"| `{row['name']}` | {BACKBONES[row['name']].display_name} | {row['num_parameters'] / 1e6:.1f} M "
+        f"| {row['input_size']} | {row['license']} |"
+        for row in backbone_table()
+    ]
+    return "\n".join(lines)
+
+
+def test_readme_lists_every_backbone():
+    section = (
+        text_of("README.md").partition("<!-- backbones: begin")[2].partition("<!-- backbones: end -->")[0]
+    )
+    expected = readme_backbones()
+    assert section.partition("-->\n")[2].strip() == expected, f"it should be:\n{expected}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
+        link = "".join(target)
+        if not link.startswith(("http:", "https:", "#")):
+            file, _, anchor = link.partition("#")
+            linked = path.parent / file
+            assert linked.exists(), link
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_of_config_files_load(path, tmp_path):
+    for number, block in enumerate(
+        re.findall(r"```yaml\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    ):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block)
+        assert yaml.safe_load(block)
+        load_run_config(file)
+
+
+def test_examples_of_commands_name_what_exists():
+    for path in DOCUMENTS:
+        for block in re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for command, rest in re.findall(r"^\$ kubegraft ([\w-]+)(.*)$", block, re.MULTILINE):
+                assert command in COMMANDS, path
+                known = CliRunner().invoke(main, [command, "--help"]).output
+                for flag in re.findall(r" (--[\w-]+)", rest):
+                    assert flag in known, f"{path}: kubegraft {command} {flag}"
+
+
+def test_flags_in_prose_exist():
+    helps = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in COMMANDS)
+    for path in DOCUMENTS:
+        for flag in re.findall(r"`(--[a-z][\w-]+)", path.read_text(encoding="utf-8")):
+            assert re.search(rf"{flag}\b", helps + "--help --version --strict-markers"), f"{path}: {flag}"
+
+
+def test_the_newest_version_is_in_the_changelog():
+    from kubegraft import __version__
+
+    text = text_of("CHANGELOG.md")
+    assert f"## [{__version__}]" in text or "## [Unreleased]" in text
