@@ -169,7 +169,7 @@ class _Evaluation:
         loaded = load_classifier(model_dir)
         _require_same_classes(loaded.metadata["classes"], self.manifest.classes, model_dir)
         with SplitReader(self.dataset_dir, self.manifest, "test") as reader:
-            answers = answer_split(loaded.model, reader, input_size=loaded.metadata["input_size"])
+            answers = answer_split(loaded.model, reader)
         return EvaluatedModel(model_dir, loaded.metadata, answers)
 
     def _measured(self, models: Sequence[EvaluatedModel]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 import numpy as np
 import tensorflow as tf
@@ -16,25 +18,67 @@ from kubegraft.reporting.progress import Progress
 _BATCH_SIZE: Final = 32
 
 
-def answer_split(model: Any, reader: SplitReader, *, input_size: int) -> Answers:
+@dataclass(frozen=True, slots=True)
+class InferenceSteps:
+    """A classifier in inference mode, cut behind its first layer.
+
+    Images of different sizes can't share a batch, so each is resized on its own, by the model's own layer,
+    and everything behind that layer runs on batches.
+
+    Attributes:
+        resize: From `uint8[height, width, 3]` to `[input_size, input_size, 3]`.
+        forward: From a batch of those to `float32[batch, classes]`, a `tf.function`.
+        resized: Shape and dtype of one resized image.
+    """
+
+    resize: Callable[[Any], Any]
+    forward: Callable[[Any], Any]
+    resized: Any
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Cut a classifier of `kubegraft.modeling.classifier`; its weights stay shared."""
+        import keras
+
+        resized = model.get_layer("resize").output
+        front, behind = keras.Model(model.inputs, resized), keras.Model(resized, model.outputs)
+        shape = resized.shape[1:]
+        batch = tf.TensorSpec([None, *shape], resized.dtype)
+
+        def resize(image: Any) -> Any:
+            # Keras's Resizing announces floats and returns integers for integers.
+            pixels = tf.cast(_only(front(image[tf.newaxis], training=False)), resized.dtype)
+            return tf.ensure_shape(pixels[0], shape)
+
+        @tf.function(input_signature=[batch], autograph=False)  # type: ignore[untyped-decorator]
+        def forward(images: Any) -> Any:
+            return _only(behind(images, training=False))
+
+        return cls(resize, forward, tf.TensorSpec(shape, resized.dtype))
+
+
+def _only(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, list) else outputs
+
+
+def answer_split(model: Any, reader: SplitReader) -> Answers:
     """Return the model's answers to every image, in inference mode and in the reader's order.
 
     Args:
         model: Classifier of `kubegraft.modeling.classifier`.
         reader: Split with at least one image.
-        input_size: Side in pixels that the model resizes images to.
 
     Raises:
         DataError: If an image can't be read or decoded.
         EvaluationError: If the model's outputs are no probabilities.
     """
-    forward = forward_resized(model, input_size)
+    steps = InferenceSteps.of(model)
     failures: list[DataError] = []
     answers, position = [], 0
     try:
         with Progress("evaluate", len(reader), "images") as progress:
-            for batch in _resized_batches(reader, input_size, failures):
-                probabilities = forward(batch).numpy()
+            for batch in _resized_batches(reader, steps, failures):
+                probabilities = steps.forward(batch).numpy()
                 labels = reader.labels[position : position + len(probabilities)]
                 answers.append(Answers.of(probabilities, labels))
                 position += len(labels)
@@ -49,38 +93,7 @@ def answer_split(model: Any, reader: SplitReader, *, input_size: int) -> Answers
     return Answers.joined(answers)
 
 
-def forward_resized(model: Any, input_size: int) -> Any:
-    """Return a compiled function from resized images to probabilities, in inference mode.
-
-    Images of different sizes can't share a batch, so each is resized on its own, as the model's first layer
-    would, and everything behind that layer runs on batches.
-
-    Args:
-        model: Classifier of `kubegraft.modeling.classifier`.
-        input_size: Side in pixels that the model resizes images to.
-
-    Returns:
-        A `tf.function` from `float32[batch, input_size, input_size, 3]` to `float32[batch, classes]`.
-    """
-    import keras
-
-    behind_resize = keras.Model(model.get_layer("resize").output, model.output)
-    signature = tf.TensorSpec([None, input_size, input_size, 3], tf.float32)
-
-    @tf.function(input_signature=[signature], autograph=False)  # type: ignore[untyped-decorator]
-    def forward(images: Any) -> Any:
-        return behind_resize(images, training=False)
-
-    return forward
-
-
-def resized(image: Any, input_size: int) -> Any:
-    """Return `float32[input_size, input_size, 3]` of `uint8[height, width, 3]`, as the first layer does."""
-    pixels = tf.image.resize(image, (input_size, input_size), method="bilinear", antialias=True)
-    return tf.ensure_shape(pixels, (input_size, input_size, 3))
-
-
-def _resized_batches(reader: SplitReader, input_size: int, failures: list[DataError]) -> Any:
+def _resized_batches(reader: SplitReader, steps: InferenceSteps, failures: list[DataError]) -> Any:
     def read(index: np.int64) -> bytes:
         try:
             return reader.read(int(index))
@@ -90,7 +103,7 @@ def _resized_batches(reader: SplitReader, input_size: int, failures: list[DataEr
 
     def load(index: Any) -> Any:
         encoded = tf.ensure_shape(tf.numpy_function(read, [index], tf.string), ())
-        return resized(decode_any(encoded), input_size)
+        return steps.resize(decode_any(encoded))
 
     images = tf.data.Dataset.range(len(reader)).map(load, tf.data.AUTOTUNE, deterministic=True)
     return images.batch(_BATCH_SIZE).prefetch(2)

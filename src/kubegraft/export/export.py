@@ -104,8 +104,7 @@ class _Export:
         if "keras" in self.config.formats:
             save_classifier(model, directory, metadata)
         if "saved_model" in self.config.formats:
-            target = directory / SAVED_MODEL_DIR
-            write_saved_model(model, metadata["classes"], metadata["input_size"], target)
+            write_saved_model(model, metadata["classes"], directory / SAVED_MODEL_DIR)
         text = json.dumps(metadata, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         write_atomically(directory / METADATA_FILE, text)
         log_event("export", "written", formats=",".join(self.config.formats))

@@ -9,12 +9,12 @@ from typing import Any, Final
 import tensorflow as tf
 
 from kubegraft.data.decode import decode_image
-from kubegraft.evaluation.inference import forward_resized, resized
+from kubegraft.evaluation.inference import InferenceSteps
 
 SIGNATURES: Final = ("serve", "serving_default")
 
 
-def write_saved_model(model: Any, classes: Sequence[str], input_size: int, directory: Path) -> None:
+def write_saved_model(model: Any, classes: Sequence[str], directory: Path) -> None:
     """Write a SavedModel with one function under the names `serve` and `serving_default`.
 
     It takes `image_bytes`, `string[batch]` of whole JPEG, PNG or GIF files of any size, and returns
@@ -28,25 +28,23 @@ def write_saved_model(model: Any, classes: Sequence[str], input_size: int, direc
     Args:
         model: Classifier of `kubegraft.modeling.classifier`; it is exported in inference mode.
         classes: Class names.
-        input_size: Side in pixels that the model resizes images to.
         directory: Directory to make.
     """
-    module = _served(model, classes, input_size)
+    module = _served(model, classes)
     tf.saved_model.save(module, str(directory), signatures=dict.fromkeys(SIGNATURES, module.serve))
 
 
-def _served(model: Any, classes: Sequence[str], input_size: int) -> Any:
-    forward = forward_resized(model, input_size)
+def _served(model: Any, classes: Sequence[str]) -> Any:
+    steps = InferenceSteps.of(model)
     names = tf.constant([name.encode("utf-8", "surrogateescape") for name in classes])
-    pixels = tf.TensorSpec([input_size, input_size, 3], tf.float32)
 
     def serve(image_bytes: Any) -> dict[str, Any]:
         images = tf.map_fn(
-            lambda encoded: resized(decode_image(encoded), input_size),
+            lambda encoded: steps.resize(decode_image(encoded)),
             image_bytes,
-            fn_output_signature=pixels,
+            fn_output_signature=steps.resized,
         )
-        probabilities = forward(images)
+        probabilities = steps.forward(images)
         return {
             "class_names": tf.tile(names[tf.newaxis], [tf.shape(image_bytes)[0], 1]),
             "probabilities": probabilities,
