@@ -7,6 +7,7 @@ start a step again that exits.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import os
@@ -133,7 +134,8 @@ def fetch_tree(
             f"Received: {public_uri(uri)!r}. Give the URI of a .zip or .tar.gz archive."
         )
     if scheme in ("", "file"):
-        shutil.copytree(local_path(uri), target_dir, dirs_exist_ok=True)
+        copy = functools.partial(shutil.copytree, local_path(uri), target_dir, dirs_exist_ok=True)
+        _tried(uri, copy, retry_waits_seconds)
         return
     bucket, prefix = _bucket(uri)
     prefix = prefix.rstrip("/") + "/" if prefix else ""

@@ -20,6 +20,7 @@ PILLOW_FORMATS: Final = ("bmp", "webp", "tiff")
 
 _TAG_ORIENTATION: Final = 0x0112
 _TYPE_SHORT: Final = 3
+_PNG_BITS_OFFSET: Final = 24  # of the header chunk, which comes first
 _START_OF_SCAN: Final = 0xDA
 _APP1: Final = 0xE1
 # Metadata segments come before the picture; a file with more of them than this is read as not rotated.
@@ -85,7 +86,7 @@ def decode_any(encoded: tf.Tensor) -> tf.Tensor:
     needs_pillow |= tf.equal(tf.strings.substr(encoded, 0, 2), b"BM")
     image = tf.cond(
         needs_pillow,
-        lambda: tf.numpy_function(decode_with_pillow, [encoded], tf.uint8, stateful=False),
+        lambda: tf.numpy_function(_decode_array_with_pillow, [encoded], tf.uint8, stateful=False),
         lambda: decode_image(encoded),
     )
     return tf.ensure_shape(image, [None, None, 3])
@@ -108,6 +109,11 @@ def decode_bytes(encoded: bytes) -> np.ndarray[Any, Any]:
 @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # type: ignore[untyped-decorator]
 def _compiled_decode_image(encoded: tf.Tensor) -> tf.Tensor:
     return decode_image(encoded)
+
+
+def _decode_array_with_pillow(encoded: Any) -> np.ndarray[Any, Any]:
+    """Decode what `numpy_function` passes: bytes in a graph, an array of them in eager mode."""
+    return decode_with_pillow(encoded if isinstance(encoded, bytes) else encoded.item())
 
 
 def decode_with_pillow(encoded: bytes) -> np.ndarray[Any, Any]:
@@ -149,13 +155,13 @@ def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_png(encoded: tf.Tensor) -> tf.Tensor:
-    # The file's own channels: asked for 4, TensorFlow gives images of less than 8 bits the alpha 2**bits - 1.
-    pixels = tf.io.decode_png(encoded, channels=0)
-    num_channels = tf.shape(pixels)[2]
-    num_colours = num_channels - (1 - num_channels % 2)  # grey or RGB, each with or without alpha
-    rgb = tf.broadcast_to(pixels[..., :num_colours], tf.concat([tf.shape(pixels)[:2], [3]], axis=0))
-    is_opaque = tf.equal(num_colours, num_channels)
-    return tf.cond(is_opaque, lambda: rgb, lambda: _on_white(rgb, pixels[..., num_colours:]))
+    rgba = tf.io.decode_png(encoded, channels=4)
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    # TensorFlow gives an image without transparency the alpha 2**bits - 1, also if it has less than 8 bits.
+    bits = tf.minimum(_bytes_at(encoded, tf.constant(_PNG_BITS_OFFSET), 1)[0], 8)
+    opaque = tf.cast(tf.bitwise.left_shift(1, bits) - 1, tf.uint8)
+    is_opaque = tf.reduce_all(tf.equal(alpha, opaque))
+    return tf.cond(is_opaque, lambda: rgb, lambda: _on_white(rgb, alpha))
 
 
 def _on_white(rgb: tf.Tensor, alpha: tf.Tensor) -> tf.Tensor:

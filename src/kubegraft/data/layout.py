@@ -106,22 +106,21 @@ def _split_folders(top: Path) -> dict[str, Path]:
     if not has_classes and (not by_split or len(folders) > sum(map(len, by_split.values()))):
         return {}
     if not has_classes:
-        raise _no_layout(top, "No train folder with a folder for each class is among them")
+        raise _no_layout(top, "No train folder with a folder for each class is among them.")
     for split, named in by_split.items():
         if len(named) > 1:
             names = " and ".join(folder.name for folder in named)
-            raise _no_layout(top, f"Both {names} would be the {split} split; keep one")
+            raise _no_layout(top, f"Both {names} would be the {split} split; keep one.")
     return {split: named[0] for split, named in by_split.items()}
 
 
 def _require_two_classes(top: Path, classes: list[str]) -> None:
     if len(classes) >= 2:
         return
-    hint = f"It has {len(classes)} class folder{'' if len(classes) == 1 else 's'}, and a classifier needs two"
-    for folder in child_folders(top):
-        if len(child_folders(folder)) >= 2:
-            hint += f". Did you mean {str(folder)!r}?"
-            break
+    hint = f"It has {len(classes)} class folder{'' if len(classes) == 1 else 's'}; a classifier needs two."
+    deeper = [folder for folder in child_folders(top) if child_folders(folder)]
+    if deeper and not _SPLIT_FOLDERS.get(deeper[0].name.casefold()):
+        hint += f" Did you mean {shown(str(deeper[0]))!r}?"
     raise _no_layout(top, hint)
 
 
@@ -132,7 +131,7 @@ def _no_layout(top: Path, hint: str) -> DataError:
     found = f"{len(folders)} folder{'' if len(folders) == 1 else 's'}{f' ({listed})' if folders else ''}"
     return DataError(
         f"`source` must hold images in folders named by class. Received: {shown(str(top))!r} with {found} "
-        f"and {num_files} file{'' if num_files == 1 else 's'} directly in it. {hint}. {LAYOUTS}"
+        f"and {num_files} file{'' if num_files == 1 else 's'} directly in it. {hint} {LAYOUTS}"
     )
 
 
