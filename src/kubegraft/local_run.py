@@ -7,6 +7,7 @@ the process is asked to stop, and results at paths that stay the same (`run_resu
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import importlib
 import json
@@ -58,7 +59,7 @@ def run_locally(
     output_dir = Path(output).absolute()
     check_before_work(run_config, output_dir)
     with _locked(output_dir):
-        pipeline = load_pipeline()
+        pipeline = without_retries(load_pipeline())
         run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
         results = read_results(run_dir)
         publish(run_dir, output_dir)
@@ -156,6 +157,17 @@ def load_pipeline() -> Callable[..., Any]:
     return loaded
 
 
+def without_retries(pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a pipeline whose tasks are tried once.
+
+    Retries are for nodes that are lost. On one machine a stage that failed would only fail again, minutes later.
+    """
+    copied: Any = copy.deepcopy(pipeline)
+    for task in copied.component_spec.implementation.graph.root.dag.tasks.values():
+        task.ClearField("retry_policy")
+    return copied  # type: ignore[no-any-return]
+
+
 def packaged_pipeline() -> Path:
     """Return the path of the compiled pipeline in an installed kubegraft.
 
@@ -192,8 +204,8 @@ def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, 
         stopping_children() as stop,
         warnings.catch_warnings(),
     ):
-        # kfp doubts every image whose name lacks "python".
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp")
+        # kfp doubts every image whose name lacks "python", and lists what only a cluster can do.
+        warnings.filterwarnings("ignore", module=r"kfp\.local")
         try:
             with contextlib.redirect_stdout(log):
                 pipeline(**pipeline_parameters(run_config))

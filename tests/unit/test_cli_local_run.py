@@ -241,6 +241,18 @@ def test_the_checkouts_pipeline_is_the_one_that_is_compiled():
     assert sys.path == before
 
 
+def test_tasks_are_tried_once_here_and_as_often_as_before_elsewhere():
+    def retries(pipeline):
+        tasks = pipeline.component_spec.implementation.graph.root.dag.tasks.values()
+        return [task.retry_policy.max_retry_count for task in tasks]
+
+    pipeline = local_run.load_pipeline()
+    before = retries(pipeline)
+    assert all(before)
+    assert not any(retries(local_run.without_retries(pipeline)))
+    assert retries(pipeline) == before
+
+
 def write_stage(name, directory, files):
     def body(workspace):
         for path, text in files.items():
