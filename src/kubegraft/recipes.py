@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from kubegraft.config import AUTO, AUTO_NAME, FineTuneConfig, HeadConfig, TrainingConfig
 
@@ -22,8 +22,19 @@ _LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-class Facts(Protocol):
-    """What a recipe needs to know of the dataset; `data.manifest.DatasetFacts` has it."""
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """What recipes choose hyper-parameters from; images and pixels of the train split unless named else.
+
+    Attributes:
+        num_train: Images to train on.
+        num_validation: Images to choose a model by.
+        num_classes: Classes.
+        smallest_class: Images of the smallest class.
+        largest_class: Images of the largest class.
+        median_height: Pixels.
+        median_width: Pixels.
+    """
 
     num_train: int
     num_validation: int
@@ -50,13 +61,13 @@ class Choice:
 
 
 def resolve_head(
-    config: HeadConfig, facts: Facts, *, native_input_size: int, accepted_input_size: Any
+    config: HeadConfig, facts: DatasetFacts, *, native_input_size: int, accepted_input_size: Any
 ) -> tuple[HeadConfig, tuple[Choice, ...]]:
     """Return the head's config with every open value chosen, and the choices.
 
     Args:
         config: As the user gave it.
-        facts: Facts about the dataset.
+        facts: DatasetFacts about the dataset.
         native_input_size: Side in pixels on which the backbone was pretrained.
         accepted_input_size: Function from a wanted side in pixels to the nearest one, not smaller, that the
             backbone accepts.
@@ -84,13 +95,13 @@ def resolve_head(
 
 
 def resolve_fine_tune(
-    config: FineTuneConfig, facts: Facts, *, num_backbone_blocks: int, num_backbone_parameters: int
+    config: FineTuneConfig, facts: DatasetFacts, *, num_backbone_blocks: int, num_backbone_parameters: int
 ) -> tuple[FineTuneConfig, tuple[Choice, ...]]:
     """Return the fine-tuning config with every open value chosen, and the choices.
 
     Args:
         config: As the user gave it.
-        facts: Facts about the dataset.
+        facts: DatasetFacts about the dataset.
         num_backbone_blocks: Blocks that the backbone has.
         num_backbone_parameters: Parameters that the backbone has.
     """
@@ -127,7 +138,7 @@ def _resolved(config: Config, proposals: dict[str, tuple[Any, str]]) -> tuple[Co
     return dataclasses.replace(config, **values), tuple(choices)
 
 
-def _input_size(facts: Facts, native: int, accepted: Any) -> tuple[int, str]:
+def _input_size(facts: DatasetFacts, native: int, accepted: Any) -> tuple[int, str]:
     side = min(facts.median_height, facts.median_width)
     wanted = max(_SMALLEST_USEFUL_SIDE, _ENLARGEMENT * side)
     if wanted >= native:
@@ -141,12 +152,12 @@ def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:
     return epochs, f"about 3,000 steps of {steps_per_epoch} an epoch, within 10 and 60"
 
 
-def _fine_tune_epochs(facts: Facts) -> tuple[int, str]:
+def _fine_tune_epochs(facts: DatasetFacts) -> tuple[int, str]:
     epochs = max(3, min(12, -(-12_000 // max(facts.num_train, 1))))
     return epochs, f"about 12,000 images seen of {facts.num_train}, within 3 and 12 epochs"
 
 
-def _num_blocks(config: FineTuneConfig, facts: Facts, num_blocks: int) -> tuple[int, str]:
+def _num_blocks(config: FineTuneConfig, facts: DatasetFacts, num_blocks: int) -> tuple[int, str]:
     if config.unfreeze_fraction != AUTO:
         chosen = min(num_blocks, round(config.unfreeze_fraction * num_blocks))
         return chosen, f"{config.unfreeze_fraction:g} of {num_blocks} blocks, as set by the user"
@@ -156,7 +167,7 @@ def _num_blocks(config: FineTuneConfig, facts: Facts, num_blocks: int) -> tuple[
     return chosen, f"{per_class:.0f} training images a class carry about {fraction:g} of {num_blocks} blocks"
 
 
-def _fine_tune_augmentation(facts: Facts) -> tuple[str, str]:
+def _fine_tune_augmentation(facts: DatasetFacts) -> tuple[str, str]:
     if min(facts.median_height, facts.median_width) < 16:
         return "none", "tiny images bear no distortion"
     return (
@@ -165,7 +176,7 @@ def _fine_tune_augmentation(facts: Facts) -> tuple[str, str]:
     )
 
 
-def _class_weights(facts: Facts) -> tuple[str, str]:
+def _class_weights(facts: DatasetFacts) -> tuple[str, str]:
     ratio = facts.largest_class / max(facts.smallest_class, 1)
     if ratio > IMBALANCE_TO_BALANCE:
         return "balanced", f"the largest class has {ratio:.1f} times the images of the smallest"

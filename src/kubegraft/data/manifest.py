@@ -20,7 +20,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from kubegraft.errors import DataError
+from kubegraft.recipes import DatasetFacts
 from kubegraft.stage import write_atomically
+
+__all__ = [
+    "DatasetFacts",
+    "ImageRecord",
+    "Manifest",
+    "QuarantinedFile",
+    "SplitSummary",
+    "dataset_digest",
+    "load_manifest",
+    "read_images",
+    "read_quarantine",
+    "write_lines",
+]
 
 SPLITS: Final = ("train", "validation", "test")
 SCHEMA: Final = 1
@@ -43,19 +57,6 @@ class SplitSummary:
     num_images: int
     class_counts: tuple[int, ...]
     shards: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetFacts:
-    """What recipes choose hyper-parameters from; images and pixels of the train split unless named else."""
-
-    num_train: int
-    num_validation: int
-    num_classes: int
-    smallest_class: int
-    largest_class: int
-    median_height: int
-    median_width: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,4 +95,5 @@ def balanced_class_weights(class_counts: np.ndarray) -> np.ndarray:
         class_counts: `int[num_classes]`, images of each class, each at least 1.
     """
     counts = np.asarray(class_counts, np.float64)
-    return (counts.sum() / (len(counts) * counts)).astype(np.float32)
+    weights: np.ndarray = (counts.sum() / (len(counts) * counts)).astype(np.float32)
+    return weights

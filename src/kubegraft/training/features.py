@@ -75,7 +75,8 @@ def extract_features(
                     f"`features` was asked to stop (SIGTERM) and kept {start + len(rows)} of {num_examples} feature "
                     "vectors. Start it again with the same arguments to go on."
                 )
-    return np.load(path, mmap_mode="r")
+    kept: np.ndarray = np.load(path, mmap_mode="r")
+    return kept
 
 
 def _save(features: np.memmap, path: Path, done_path: Path, done_steps: int) -> None:
@@ -96,11 +97,11 @@ def _distribute(strategy: Any, source: Source, batches: Any, batch_size: int, st
 
 
 def _compiled(strategy: Any, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @tf.function
     def compute(batch: Any) -> Any:
         per_replica = strategy.run(forward, args=(batch,))
         return tf.concat(
             [tf.cast(part, tf.float32) for part in strategy.experimental_local_results(per_replica)], 0
         )
 
-    return compute
+    compiled: Callable[[Any], Any] = tf.function(compute)
+    return compiled

@@ -165,7 +165,7 @@ class _HeadTraining:
 
 def _standardise(model_parts: ClassifierParts, features: np.ndarray) -> None:
     """Give the head the mean and variance of the training features, in float64 and in chunks."""
-    count, total, squares = len(features), 0.0, 0.0
+    count, total, squares = len(features), np.zeros(features.shape[1]), np.zeros(features.shape[1])
     for start in range(0, count, 4096):
         chunk = np.asarray(features[start : start + 4096], np.float64)
         total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)

@@ -30,12 +30,17 @@ from kubegraft.training.sources import Source
 class Trainable(Protocol):
     """What the loop trains."""
 
-    variables: Sequence[Any]
-    """Trainable variables."""
-    rate_multipliers: Sequence[float]
-    """Factor on the learning rate of each."""
-    state: Sequence[Any]
-    """Other variables that training changes, such as the statistics of a head's batch norm."""
+    @property
+    def variables(self) -> Sequence[Any]:
+        """Trainable variables."""
+
+    @property
+    def rate_multipliers(self) -> Sequence[float]:
+        """Factor on the learning rate of each."""
+
+    @property
+    def state(self) -> Sequence[Any]:
+        """Other variables that training changes, such as the statistics of a head's batch norm."""
 
     def train_logits(self, inputs: Any, position: Any, seed: Any) -> Any:
         """Return `float32[batch, classes]` in training mode; dropout masks are keyed by `position` and `seed`."""

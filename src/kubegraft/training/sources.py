@@ -18,7 +18,9 @@ from kubegraft.training.batches import EpochBatches
 class Source(Protocol):
     """Inputs of one split's examples, by number."""
 
-    labels: np.ndarray
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of the split, `int32[num_examples]`."""
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         """Return a `tf.data.Dataset` of input batches `float32[batch_size, ...]` for that part of an epoch.
@@ -52,11 +54,12 @@ class FeatureSource:
         )
 
         def gather(index: np.ndarray, partner: np.ndarray, share: np.ndarray) -> np.ndarray:
-            own = self.features[index]
+            own: np.ndarray = self.features[index]
             if np.all(share == 1):
                 return own
             share = share.reshape(-1, *[1] * (own.ndim - 1))
-            return share * own + (1 - share) * self.features[partner]
+            mixed: np.ndarray = share * own + (1 - share) * self.features[partner]
+            return mixed
 
         def load(index: Any, partner: Any, share: Any) -> Any:
             return tf.ensure_shape(tf.numpy_function(gather, (index, partner, share), tf.float32), shape)
