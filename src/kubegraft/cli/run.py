@@ -47,9 +47,9 @@ def run(output: str, fresh: bool, as_json: bool, run_config: RunConfig) -> None:
 
 def _show(summary: dict[str, Any]) -> None:
     validation, test = summary["validation_accuracy"], summary["test"]
-    level = summary["config"]["evaluate"]["confidence_level"]
+    level = 100 * summary["config"]["evaluate"]["confidence_level"]
     interval = (
-        f"  ({level:.4g} interval {test['test_accuracy_low']:.4f} to {test['test_accuracy_high']:.4f}, "
+        f"  ({level:.4g} % interval {test['test_accuracy_low']:.4f} to {test['test_accuracy_high']:.4f}, "
         f"{test['num_test']:.0f} images)"
     )
     click.echo()
