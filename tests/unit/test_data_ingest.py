@@ -102,7 +102,10 @@ def messy(tmp_path):
 def test_every_file_of_a_messy_folder_is_accounted_for(messy, tmp_path):
     root, good, bad = messy
     manifest = run(tmp_path / "dataset", root)
-    assert {file.path: file.reason for file in read_quarantine(tmp_path / "dataset")} == bad
+    quarantined = {file.path: file for file in read_quarantine(tmp_path / "dataset")}
+    assert {path: file.reason for path, file in quarantined.items()} == bad
+    assert "Invalid JPEG data" in quarantined["cat/truncated.jpg"].detail
+    assert "Invalid PNG" in quarantined["cat/truncated.png"].detail
     accepted = {image.path: image for image in read_images(tmp_path / "dataset")}
     assert good <= set(accepted)
     assert "cat/caf\\xe9.jpg" in accepted

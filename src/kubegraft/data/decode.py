@@ -106,7 +106,7 @@ def decode_bytes(encoded: bytes) -> np.ndarray[Any, Any]:
     return np.asarray(_compiled_decode_image(encoded))
 
 
-@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # type: ignore[untyped-decorator]
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 def _compiled_decode_image(encoded: tf.Tensor) -> tf.Tensor:
     return decode_image(encoded)
 
@@ -188,9 +188,16 @@ def turn_upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     def among(*values: int) -> tf.Tensor:
         return tf.reduce_any(tf.equal(orientation, tf.constant(values)))
 
-    pixels = tf.cond(among(5, 6, 7, 8), lambda: tf.transpose(pixels, [1, 0, 2]), lambda: pixels)
+    pixels = tf.cond(among(5, 6, 7, 8), lambda: _transposed(pixels), lambda: pixels)
     pixels = tf.cond(among(2, 3, 6, 7), lambda: tf.reverse(pixels, [1]), lambda: pixels)
     return tf.cond(among(3, 4, 7, 8), lambda: tf.reverse(pixels, [0]), lambda: pixels)
+
+
+def _transposed(pixels: tf.Tensor) -> tf.Tensor:
+    """Exchange height and width; TensorFlow's transpose of uint8 prints an error of oneDNN's on many CPUs."""
+    height, width = tf.shape(pixels)[0], tf.shape(pixels)[1]
+    positions = tf.range(width)[:, tf.newaxis] + width * tf.range(height)[tf.newaxis, :]
+    return tf.gather(tf.reshape(pixels, [-1, 3]), positions)
 
 
 def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:

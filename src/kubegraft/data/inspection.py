@@ -53,6 +53,7 @@ _UNSUPPORTED: Final = {
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
 }
+_STACK_LINES: Final = ("Graph execution error", "Detected at node", "File ", "[[{{node")
 _LOG_FLUSH_EVERY: Final = 32
 
 
@@ -152,10 +153,10 @@ def _damaged(encoded: bytes, format_: str, error: Exception) -> Inspection:
 
 
 def _short(error: Exception) -> str:
-    """Return an error's essence; TensorFlow wraps it in the graph's stack."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = next((line for line in lines if "{{node" in line), lines[0] if lines else "")
-    message = re.sub(r"\{\{node [^}]*\}\}|\[Op:.*?\]|<_io\.BytesIO[^>]*>", "", message)
+    """Return what an error says, without the graph's stack that TensorFlow puts around it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(_STACK_LINES)]
+    message = re.sub(r"\{\{[^}]*\}\}|\[Op:.*?\]|<_io\.BytesIO[^>]*>", "", said[-1] if said else "")
     return f"{type(error).__name__}: {' '.join(message.split())}"[:300]
 
 
