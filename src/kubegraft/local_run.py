@@ -221,7 +221,7 @@ def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
         WORK_DIR_VARIABLE: str(work_dir),
         RUN_PID_VARIABLE: str(os.getpid()),
         FRESH_VARIABLE: "1" if fresh else "",
-        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
         "PYTHONUNBUFFERED": "1",
     }
     earlier = {name: os.environ.get(name) for name in changes}

@@ -18,6 +18,8 @@ MIXUP_ALPHA: Final = 0.2
 _ENLARGEMENT: Final = 3
 _SMALLEST_USEFUL_SIDE: Final = 96
 _LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
+# Pooled features of the registered backbones have 512 to 2,560 numbers.
+_WEIGHTS_OF_A_CLASS: Final = 1000
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -79,12 +81,14 @@ def resolve_head(
         "num_epochs": _head_epochs(steps_per_epoch),
         "learning_rate": (1e-3, "AdamW's usual rate for a new head on standardised features"),
         "weight_decay": (
-            (0.1, "few images for as many features: strong decay")
-            if facts.num_train < 20 * 1280
-            else (0.01, "many images: mild decay")
+            (1.0, "fewer images than a linear head has weights: strong decay")
+            if facts.num_train < _WEIGHTS_OF_A_CLASS * facts.num_classes
+            else (0.1, "many images: mild decay")
         ),
         "dropout": (
-            (0.2, "hidden layers over-fit small datasets") if facts.num_train >= 5000 else (0.3, "few images")
+            (0.3, "few images, as many features")
+            if facts.num_train < _WEIGHTS_OF_A_CLASS * facts.num_classes
+            else (0.2, "hidden units should not rely on each other")
         ),
         "label_smoothing": (0.0, "smoothing would blur the probabilities that are calibrated later"),
         "patience": (15, "the rate falls as a cosine, so that late epochs may still improve"),

@@ -99,7 +99,7 @@ def run_stage(
         config: The stage's frozen dataclass.
         body: Writes the output into `workspace.staging`.
         reusable: Whether a finished output with the same key may be used again. False for a stage whose
-            inputs can change under the same key.
+            inputs can change under the same key: it runs again, and replaces its own earlier output.
 
     Returns:
         The published result.
@@ -112,10 +112,12 @@ def run_stage(
     output_dir = Path(output_dir)
     reusable = reusable and not os.environ.get(FRESH_VARIABLE)
     key = _key(stage, inputs, config)
-    if (earlier := _published(output_dir, key)) and reusable:
+    earlier = _published(output_dir, key)
+    if earlier and reusable:
         log_event(stage, "reused", output=str(output_dir))
         return earlier
-    _require_free(output_dir, stage)
+    if not earlier:
+        _require_free(output_dir, stage)
     work_dir, shared = _work_dir(stage, output_dir, key)
     with _locked(work_dir, stage):
         if (earlier := _published(output_dir, key)) and reusable:  # written while this call waited
@@ -254,16 +256,19 @@ def _run_body(
 
 
 def _publish(finished: Path, output_dir: Path, *, keep: bool) -> None:
+    """Make `output_dir` hold what is in `finished`, replacing what is there at once."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (output_dir.with_name(output_dir.name + suffix) for suffix in (".partial", ".old"))
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep:
+        shutil.copytree(finished, aside, copy_function=_link_or_copy)
+    else:
+        finished.rename(aside)
     if output_dir.exists():
-        output_dir.rmdir()
-    if not keep:
-        finished.rename(output_dir)
-        return
-    aside = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(finished, aside, copy_function=_link_or_copy)
+        output_dir.rename(old)
     aside.rename(output_dir)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> str:

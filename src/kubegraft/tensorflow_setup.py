@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 # Keras reads its backend once, at import; a user's ~/.keras/keras.json must not turn kubegraft into JAX.
 os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
