@@ -170,7 +170,7 @@ class _Evaluation:
         _require_same_classes(loaded.metadata["classes"], self.manifest.classes, model_dir)
         with SplitReader(self.dataset_dir, self.manifest, "test") as reader:
             answers = answer_split(loaded.model, reader)
-        return EvaluatedModel(model_dir, loaded.metadata, answers)
+        return EvaluatedModel(model_dir, dict(loaded.metadata), answers)
 
     def _measured(self, models: Sequence[EvaluatedModel]) -> dict[str, Any]:
         answers = models[0].answers

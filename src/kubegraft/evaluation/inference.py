@@ -41,24 +41,18 @@ class InferenceSteps:
         import keras
 
         resized = model.get_layer("resize").output
-        front, behind = keras.Model(model.inputs, resized), keras.Model(resized, model.outputs)
+        front, behind = keras.Model(model.input, resized), keras.Model(resized, model.output)
         shape = resized.shape[1:]
         batch = tf.TensorSpec([None, *shape], resized.dtype)
 
         def resize(image: Any) -> Any:
-            # Keras's Resizing announces floats and returns integers for integers.
-            pixels = tf.cast(_only(front(image[tf.newaxis], training=False)), resized.dtype)
-            return tf.ensure_shape(pixels[0], shape)
+            return tf.ensure_shape(front(image[tf.newaxis], training=False)[0], shape)
 
-        @tf.function(input_signature=[batch], autograph=False)  # type: ignore[untyped-decorator]
+        @tf.function(input_signature=[batch], autograph=False)
         def forward(images: Any) -> Any:
-            return _only(behind(images, training=False))
+            return behind(images, training=False)
 
         return cls(resize, forward, tf.TensorSpec(shape, resized.dtype))
-
-
-def _only(outputs: Any) -> Any:
-    return outputs[0] if isinstance(outputs, list) else outputs
 
 
 def answer_split(model: Any, reader: SplitReader) -> Answers:
