@@ -13,6 +13,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from kubegraft.errors import StorageError, WeightsError, suggestion
 from kubegraft.modeling import efficientnet_lite0
 from kubegraft.modeling.imagenet import cache_dir, fetched, require_reachable
@@ -25,7 +27,8 @@ NONE: Final = "none"
 _KEYWORDS: Final = (IMAGENET, NONE)
 _SUFFIXES: Final = (".weights.h5", ".keras")
 # Keras scales EfficientNet's pixels twice, once by a layer that exists only with its own ImageNet weights.
-_EFFICIENTNET_VARIANCE: Final = (0.229**2, 0.224**2, 0.225**2)
+_EFFICIENTNET_MEAN: Final = (0.485, 0.456, 0.406)
+_EFFICIENTNET_DEVIATION: Final = (0.229, 0.224, 0.225)
 
 
 def weights_available(backbone: Backbone) -> str:
@@ -109,7 +112,7 @@ def _settle_efficientnet_scaling(model: Any, *, scaled: bool) -> None:
 
     Keras divides by sqrt(deviation) in an additional layer if and only if it loads ImageNet weights itself.
     kubegraft's graph is the same with all weights, so the variance of the layer before takes that factor:
-    x / sqrt(variance * deviation) = x / sqrt(variance) / sqrt(deviation).
+    x / sqrt(deviation**3) = x / deviation / sqrt(deviation).
 
     Args:
         model: Model with its weights loaded.
@@ -117,12 +120,10 @@ def _settle_efficientnet_scaling(model: Any, *, scaled: bool) -> None:
             Keras's own ImageNet values. A network that was trained without scaling keeps none.
     """
     layer = model.get_layer("normalization")
-    variance = layer.get_weights()[1]
-    if scaled or all(abs(variance - _EFFICIENTNET_VARIANCE) < 1e-6):
-        deviation = [value**0.5 for value in _EFFICIENTNET_VARIANCE]
-        folded = [value * root for value, root in zip(_EFFICIENTNET_VARIANCE, deviation, strict=True)]
-        count = layer.get_weights()[2]
-        layer.set_weights([[0.485, 0.456, 0.406], folded, count])
+    _, variance, count = layer.get_weights()
+    deviation = np.array(_EFFICIENTNET_DEVIATION, np.float32)
+    if scaled or np.allclose(variance, deviation**2, atol=1e-6, rtol=0):
+        layer.set_weights([np.array(_EFFICIENTNET_MEAN, np.float32), deviation**3, count])
     layer.finalize_state()
 
 
