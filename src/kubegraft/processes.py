@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kubegraft.errors import KubegraftError
+from kubegraft.errors import Interrupted, KubegraftError
 
 WORK_DIR_VARIABLE: Final = "KUBEGRAFT_WORK_DIR"
 ERROR_FILE: Final = "error.json"
@@ -22,12 +22,32 @@ RUN_PID_VARIABLE: Final = "KUBEGRAFT_RUN_PID"
 _POLL_SECONDS: Final = 0.5
 ORPHANED_EXIT_CODE: Final = 75
 _stop = threading.Event()
+_graceful = threading.Event()
 
 
 def catch_stop_signals() -> None:
-    """Turn SIGTERM into a flag, so that training can save a checkpoint first (see `stop_requested`)."""
+    """End this process with exit code 143 on SIGTERM, or let `stopping_gracefully` do it.
+
+    A process that is the first of its container would otherwise ignore the signal.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+        signal.signal(signal.SIGTERM, _handle_stop)
+
+
+def _handle_stop(*_: object) -> None:
+    _stop.set()
+    if not _graceful.is_set():
+        os._exit(Interrupted.exit_code)  # nothing is lost: what is half-written has not been renamed yet
+
+
+@contextlib.contextmanager
+def stopping_gracefully() -> Iterator[None]:
+    """Within the block, SIGTERM only makes `stop_requested` true, so that training can save a checkpoint."""
+    _graceful.set()
+    try:
+        yield
+    finally:
+        _graceful.clear()
 
 
 def stop_requested() -> bool:

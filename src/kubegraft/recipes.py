@@ -157,8 +157,8 @@ def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:
 
 
 def _fine_tune_epochs(facts: DatasetFacts) -> tuple[int, str]:
-    epochs = max(3, min(12, -(-12_000 // max(facts.num_train, 1))))
-    return epochs, f"about 12,000 images seen of {facts.num_train}, within 3 and 12 epochs"
+    epochs = max(3, min(12, -(-8_000 // max(facts.num_train, 1))))
+    return epochs, f"about 8,000 images seen of {facts.num_train}, within 3 and 12 epochs"
 
 
 def _num_blocks(config: FineTuneConfig, facts: DatasetFacts, num_blocks: int) -> tuple[int, str]:

@@ -43,6 +43,12 @@ class Progress:
             self._last = now
             self._show(now)
 
+    def note(self, event: str, **fields: object) -> None:
+        """Say that something happened, on a line of its own."""
+        if self._bar:
+            self._write("")
+        log_event(self.stage, event, **fields)
+
     def __enter__(self) -> Self:
         """Start the clock."""
         self._started = self._last = time.monotonic()

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.errors import Interrupted
-from kubegraft.processes import stop_requested
+from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import write_atomically
 from kubegraft.training.batches import epoch_batches
@@ -57,8 +57,8 @@ def extract_features(
     batches = epoch_batches(source.labels, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
     compute = _compiled(strategy, forward)
     saved = time.monotonic()
-    with Progress(f"features of {split}", total=num_examples, unit="image") as progress:
-        progress.update(min(done_steps * batch_size, num_examples))
+    with stopping_gracefully(), Progress("features", total=num_examples, unit="images") as progress:
+        progress.update(min(done_steps * batch_size, num_examples), split=split)
         for step, batch in enumerate(
             _distribute(strategy, source, batches, batch_size, done_steps), done_steps
         ):

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.errors import DivergenceError, Interrupted
-from kubegraft.processes import stop_requested
+from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
@@ -110,7 +110,8 @@ def train(
         DivergenceError: If the loss is not finite.
         Interrupted: If the process was asked to stop; the checkpoint is written.
     """
-    return _Run(strategy, trainable, sources, config, checkpoint_path).run()
+    with stopping_gracefully():
+        return _Run(strategy, trainable, sources, config, checkpoint_path).run()
 
 
 class _Run:
@@ -183,9 +184,9 @@ class _Run:
                 saved = time.monotonic()
             if self._over_budget():
                 break
-        self._end_epoch()
+        self._end_epoch(progress)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, progress: Progress) -> None:
         started = time.monotonic()
         result = {
             "epoch": self.epoch,
@@ -200,6 +201,7 @@ class _Run:
             self._keep_best()
         self.elapsed_seconds += time.monotonic() - started
         self.history.epochs[-1]["seconds"] = round(self.elapsed_seconds, 3)
+        progress.note("epoch", of=self.config.num_epochs, **self.history.epochs[-1])
         self.history.stopped = self._reason_to_stop()
         self.epoch, self.step, self.sums = self.epoch + 1, 0, np.zeros(3)
         self._save()
