@@ -13,7 +13,7 @@ from PIL import Image
 
 CONFIG = """
 seed: 7
-head: {backbone: mobilenet, weights: none, input_size: 32, num_epochs: 4, batch_size: 8}
+head: {backbone: mobilenet_v2, weights: none, input_size: 32, num_epochs: 4, batch_size: 8}
 fine_tune: {num_blocks: 2, num_epochs: 3, batch_size: 8, augmentation: crop, checkpoint_interval_seconds: 0}
 evaluate: {num_bootstrap_samples: 50, num_worst_images: 4}
 export: {num_verification_images: 2}

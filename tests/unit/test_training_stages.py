@@ -182,3 +182,9 @@ def test_an_image_is_augmented_differently_each_epoch_and_alike_each_time(datase
     size = len(source.labels)
     a, b = (next(iter(source.inputs(e, slice(None), slice(None), size))).numpy() for e in (batches, later))
     assert all(not np.array_equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+def test_a_random_backbone_whose_features_vanish_still_trains(dataset, tmp_path):
+    """MobileNet's random weights shrink its features to 1e-21, and their variance below float32."""
+    result = train_head(dataset, tmp_path / "model", HeadConfig(**HEAD | {"backbone": "mobilenet"}))
+    assert np.isfinite(result.metrics["validation_loss"])

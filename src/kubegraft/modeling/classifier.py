@@ -32,6 +32,8 @@ __all__ = [
 
 # Below this share of the mean variance a feature counts as constant, and is only centred.
 _CONSTANT_SHARE: Final = 1e-6
+# A random backbone may shrink its features to almost nothing; float32 ends at 1e-38, its reciprocal too.
+_SMALLEST_VARIANCE: Final = 1e-30
 
 
 class HeadOptions(Protocol):
@@ -85,7 +87,7 @@ class ClassifierParts:
             variance: `float[dim]`, not negative.
         """
         variance = np.asarray(variance, np.float64)
-        constant = variance <= _CONSTANT_SHARE * variance.mean()
+        constant = variance <= max(_CONSTANT_SHARE * variance.mean(), _SMALLEST_VARIANCE)
         self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, variance)])
 
 
