@@ -155,7 +155,9 @@ def shortened(words: str, max_width: float | None, size: float = 12) -> str:
 
 
 def ticks(low: float, high: float, num_ticks: int = 5) -> list[float]:
-    """Return round numbers in `[low, high]`, about `num_ticks` of them."""
+    """Return round numbers in `[low, high]`, about `num_ticks` of them; `[low]` for an empty interval."""
+    if high <= low:
+        return [low]
     step = _round_step((high - low) / max(num_ticks, 1))
     first = math.ceil(low / step - 1e-9)
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
