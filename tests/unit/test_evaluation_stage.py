@@ -18,9 +18,6 @@ from kubegraft.evaluation.inference import answer_split
 from kubegraft.modeling.classifier import load_classifier
 from tests.classifier_stages import NAMES, write_dataset, write_model
 
-# Keras converts its variables in a way that numpy 2 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):

@@ -22,9 +22,6 @@ from kubegraft.export.predict import Prediction, predict
 from kubegraft.modeling.classifier import load_classifier
 from tests.classifier_stages import NAMES, write_dataset, write_model
 
-# Keras converts its variables in a way that numpy 2 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):

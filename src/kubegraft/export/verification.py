@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,9 @@ def verify(
 
 
 def _fresh_answers(exported: Exported, images: Sequence[RealImage], scratch: Path) -> dict[str, Any]:
-    request_path, answers_path = scratch / "request.npz", scratch / "answers.npz"
+    # A new place each time: a process that outlived a killed export may still write to the old one.
+    place = Path(tempfile.mkdtemp(dir=scratch))
+    request_path, answers_path = place / "request.npz", place / "answers.npz"
     request: dict[str, Any] = {
         "saved_model": str(exported.saved_model or ""),
         "keras": str(exported.keras or ""),
