@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +25,9 @@ from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
 from kubegraft.training.sources import Source
+
+# An epoch on computed features takes a fraction of a second; a log wants fewer lines than that.
+_NOTE_SECONDS: Final = 2.0
 
 
 class Trainable(Protocol):
@@ -135,7 +138,7 @@ class _Run:
         self.history = History()
         self.epoch = self.step = 0
         self.sums = np.zeros(3)
-        self.elapsed_seconds = 0.0
+        self.elapsed_seconds = self.noted = 0.0
         self.best_arrays: list[np.ndarray] = []
 
     def _make_optimizer(self) -> GlobalAdamW:
@@ -201,7 +204,9 @@ class _Run:
             self._keep_best()
         self.elapsed_seconds += time.monotonic() - started
         self.history.epochs[-1]["seconds"] = round(self.elapsed_seconds, 3)
-        progress.note("epoch", of=self.config.num_epochs, **self.history.epochs[-1])
+        if time.monotonic() - self.noted > _NOTE_SECONDS:
+            self.noted = time.monotonic()
+            progress.note("epoch", of=self.config.num_epochs, **self.history.epochs[-1])
         self.history.stopped = self._reason_to_stop()
         self.epoch, self.step, self.sums = self.epoch + 1, 0, np.zeros(3)
         self._save()
