@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+
+
+def program() -> str:
+    """Return how the user can call this program: its name, or the path it was called by if it is not on PATH."""
+    called = Path(sys.argv[0])
+    return "kubegraft" if shutil.which("kubegraft") or called.name != "kubegraft" else str(called)
 
 
 def print_json(document: Any) -> None:

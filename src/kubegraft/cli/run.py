@@ -9,7 +9,7 @@ import click
 
 from kubegraft.cli.group import DebugOption
 from kubegraft.cli.options import SectionedCommand, config_options, input_argument, json_option, output_option
-from kubegraft.cli.output import print_facts, print_json
+from kubegraft.cli.output import print_facts, print_json, program
 from kubegraft.run_config import STAGES, RunConfig
 
 
@@ -67,7 +67,7 @@ def _show(summary: dict[str, Any]) -> None:
             ("metrics", summary["metrics"]),
             ("dataset report", summary["dataset_report"]),
             ("took", f"{summary['seconds']:.0f} s"),
-            ("next", f"kubegraft predict {shlex.quote(summary['model'])} IMAGE..."),
+            ("next", f"{shlex.quote(program())} predict {shlex.quote(summary['model'])} IMAGE..."),
         ]
     )
 

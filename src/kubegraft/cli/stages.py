@@ -10,7 +10,7 @@ import click
 
 from kubegraft.cli.group import DebugOption
 from kubegraft.cli.options import SectionedCommand, config_options, input_argument, json_option, output_option
-from kubegraft.cli.output import print_facts, print_json, stdout_to_stderr
+from kubegraft.cli.output import print_facts, print_json, program, stdout_to_stderr
 from kubegraft.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def ingest(output: str, run_config: RunConfig, as_json: bool) -> None:
 
     with stdout_to_stderr():
         result = run(output, run_config.ingest)
-    _show(result, output, as_json, ["kubegraft", "train-head", output, "--output", "MODEL_DIR"])
+    _show(result, output, as_json, [program(), "train-head", output, "--output", "MODEL_DIR"])
 
 
 @click.command("train-head", cls=SectionedCommand)
@@ -57,7 +57,7 @@ def train_head(dataset: str, output: str, run_config: RunConfig, as_json: bool) 
 
     with stdout_to_stderr():
         result = run(dataset, output, run_config.head)
-    _show(result, output, as_json, ["kubegraft", "fine-tune", dataset, output, "--output", "TUNED_DIR"])
+    _show(result, output, as_json, [program(), "fine-tune", dataset, output, "--output", "TUNED_DIR"])
 
 
 @click.command("fine-tune", cls=SectionedCommand)
@@ -76,7 +76,7 @@ def fine_tune(dataset: str, model: str, output: str, run_config: RunConfig, as_j
 
     with stdout_to_stderr():
         result = run(dataset, model, output, run_config.fine_tune)
-    following = ["kubegraft", "evaluate", dataset, output, "--reference", model, "--output", "REPORT_DIR"]
+    following = [program(), "evaluate", dataset, output, "--reference", model, "--output", "REPORT_DIR"]
     _show(result, output, as_json, following)
 
 
@@ -98,7 +98,7 @@ def evaluate(
 
     with stdout_to_stderr():
         result = run(dataset, model, output, run_config.evaluate, reference)
-    following = ["kubegraft", "export", dataset, model, "--evaluation", output, "--output", "EXPORT_DIR"]
+    following = [program(), "export", dataset, model, "--evaluation", output, "--output", "EXPORT_DIR"]
     _show(result, output, as_json, following)
 
 
@@ -120,7 +120,7 @@ def export(
 
     with stdout_to_stderr():
         result = run(dataset, model, evaluation, output, run_config.export)
-    _show(result, output, as_json, ["kubegraft", "predict", output, "IMAGE"])
+    _show(result, output, as_json, [program(), "predict", output, "IMAGE"])
 
 
 def _show(result: StageResult, output: str, as_json: bool, following: list[str]) -> None:
