@@ -3,6 +3,8 @@
 python pipelines/compile.py                  write pipelines/compiled/*.yaml
 python pipelines/compile.py --check          exit 1 if a committed file differs from its source
 python pipelines/compile.py --output-dir DIR write elsewhere
+python pipelines/compile.py --registry NAME  take the released image from another registry
+python pipelines/compile.py --image NAME:TAG run the tasks in another image
 """
 
 import sys
@@ -13,6 +15,8 @@ if not __package__:  # run as a script: this directory would shadow modules of t
 
 import argparse
 import difflib
+import os
+import subprocess
 import tempfile
 from collections.abc import Sequence
 
@@ -26,8 +30,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
     parser.add_argument("--output-dir", type=Path, default=COMPILED_DIR, help="default: %(default)s")
+    parser.add_argument(
+        "--registry", default="", help="registry of the image, in place of the released one's"
+    )
+    parser.add_argument("--image", type=_image, help="whole name of the image, with its tag")
     options = parser.parse_args(arguments)
+    if options.registry or options.image:
+        return _with_image(options)
     return check(options.output_dir) if options.check else compile_all(options.output_dir)
+
+
+def _image(name: str) -> str:
+    tag = name.rpartition("/")[2].replace("@", ":").partition(":")[2]
+    if tag in ("", "latest"):
+        raise argparse.ArgumentTypeError(f"{name!r} needs a tag or digest that never moves")
+    return name
+
+
+def _with_image(options: argparse.Namespace) -> int:
+    """Do the same in a process of its own: `components/_images.py` reads its variables when it is imported."""
+    variables = {"KUBEGRAFT_REGISTRY": options.registry, "KUBEGRAFT_TRAIN_IMAGE": options.image}
+    environment = {**os.environ, **{name: value.rstrip("/") for name, value in variables.items() if value}}
+    if options.registry and not options.image:
+        environment.pop("KUBEGRAFT_TRAIN_IMAGE", None)
+    command = [sys.executable, __file__, "--output-dir", str(options.output_dir)]
+    command += ["--check"] if options.check else []
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def compile_all(output_dir: Path) -> int:

@@ -11,6 +11,7 @@
     |-- ExportError               exit 7   an export could not be written or does not answer like its model
     |-- StorageError              exit 8   a path or URI could not be read or written      (retryable)
     |-- EnvironmentFault          exit 9   this machine lacks something a stage needs
+    |-- ClusterError              exit 10  Kubeflow Pipelines can't be reached, or refuses a call (retryable)
     `-- Interrupted               exit 143 the process was asked to stop and saved a checkpoint (retryable)
 
 Every message follows one form: what is wrong with which field, the rule, what was received, how to fix it.
@@ -92,6 +93,18 @@ class EnvironmentFault(KubegraftError):
     """This machine lacks something that a stage needs."""
 
     exit_code = 9
+
+
+class ClusterError(KubegraftError):
+    """The API of a cluster can't be reached, or refuses a call.
+
+    Attributes:
+        status: HTTP status of the refusal; 0 if there was no answer.
+    """
+
+    exit_code = 10
+    retryable = True
+    status: int = 0
 
 
 class Interrupted(KubegraftError):

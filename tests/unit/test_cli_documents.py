@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -91,18 +92,26 @@ def test_examples_of_config_files_load(path, tmp_path):
         load_run_config(file)
 
 
+def help_of(name):
+    """The help of a command and of its subcommands."""
+    command = main.get_command(click.Context(main), name)
+    below = command.commands if isinstance(command, click.Group) else ()
+    calls = [[name, "--help"], *([name, inner, "--help"] for inner in below)]
+    return "".join(CliRunner().invoke(main, call).output for call in calls)
+
+
 def test_examples_of_commands_name_what_exists():
     for path in DOCUMENTS:
         for block in re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             for command, rest in re.findall(r"^\$ kubegraft ([\w-]+)(.*)$", block, re.MULTILINE):
                 assert command in COMMANDS, path
-                known = CliRunner().invoke(main, [command, "--help"]).output
+                known = help_of(command)
                 for flag in re.findall(r" (--[\w-]+)", rest):
                     assert flag in known, f"{path}: kubegraft {command} {flag}"
 
 
 def test_flags_in_prose_exist():
-    helps = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in COMMANDS)
+    helps = "".join(help_of(name) for name in COMMANDS)
     for path in DOCUMENTS:
         for flag in re.findall(r"`(--[a-z][\w-]+)", path.read_text(encoding="utf-8")):
             assert re.search(rf"{flag}\b", helps + "--help --version --strict-markers"), f"{path}: {flag}"

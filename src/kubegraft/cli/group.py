@@ -21,6 +21,8 @@ _EXTRAS: Final = {
     "jinja2": "train",
     "sklearn": "train",
     "kfp": "kfp",
+    "kfp_server_api": "kfp",
+    "kubernetes": "kfp",
     "boto3": "s3",
 }
 
@@ -45,6 +47,8 @@ COMMANDS: Final = {
     ),
     "evaluate": Entry("One stage at a time", "stages", "evaluate", "Report on the test split."),
     "export": Entry("One stage at a time", "stages", "export", "Write a model for serving, and verify it."),
+    "submit": Entry("On a cluster", "kubeflow", "submit", "Run the pipeline on Kubeflow, and watch it."),
+    "schedule": Entry("On a cluster", "kubeflow", "schedule", "Run it on Kubeflow again and again."),
     "backbones": Entry("To find your way", "catalogue", "backbones", "List the pretrained backbones."),
     "sample-data": Entry(
         "To find your way", "catalogue", "sample_data", "Write a sample as a folder of images."

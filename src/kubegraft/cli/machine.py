@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -49,9 +48,13 @@ def doctor(context: click.Context, as_json: bool) -> None:
     help="Where to write it; in a checkout pipelines/compiled by default.",
 )
 @click.option("--check", is_flag=True, help="Compare with what is there instead; exit 1 if it differs.")
+@click.option("--image", default="", help="Image of the tasks, with a tag that never moves.")
+@click.option("--registry", default="", help="Registry of the released image, where yours has a copy.")
 @DebugOption.decorate
 @click.pass_context
-def compile_pipeline(context: click.Context, output_dir: str | None, check: bool) -> None:
+def compile_pipeline(
+    context: click.Context, output_dir: str | None, check: bool, image: str, registry: str
+) -> None:
     """Write transfer_learning.yaml, which the Kubeflow Pipelines UI accepts.
 
     In a checkout this compiles the pipeline's source. An installed kubegraft carries the compiled file and
@@ -61,24 +64,26 @@ def compile_pipeline(context: click.Context, output_dir: str | None, check: bool
 
     checkout = find_checkout()
     if checkout is None:
-        context.exit(_packaged(output_dir, check=check))
+        context.exit(_packaged(output_dir, check=check, image=image, registry=registry))
     sys.path.insert(0, str(checkout))
     from pipelines.compile import main
 
     arguments = ["--check"] if check else []
-    context.exit(main([*arguments, "--output-dir", output_dir] if output_dir else arguments))
+    given = {"--output-dir": output_dir, "--image": image, "--registry": registry}
+    context.exit(main([*arguments, *(word for pair in given.items() if pair[1] for word in pair)]))
 
 
-def _packaged(output_dir: str | None, *, check: bool) -> int:
+def _packaged(output_dir: str | None, *, check: bool, image: str, registry: str) -> int:
+    from kubegraft.kfp_client.package import load_package
     from kubegraft.local_run import packaged_pipeline
 
-    packaged = packaged_pipeline()
-    target = Path(output_dir or ".") / packaged.name
+    text = load_package().with_image(image=image, registry=registry).text
+    target = Path(output_dir or ".") / packaged_pipeline().name
     if check:
-        same = target.exists() and target.read_bytes() == packaged.read_bytes()
+        same = target.exists() and target.read_text(encoding="utf-8") == text
         click.echo(f"{target} {'is' if same else 'is not'} what this kubegraft carries")
         return 0 if same else 1
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(packaged, target)
+    target.write_text(text, encoding="utf-8")
     click.echo(target)
     return 0
