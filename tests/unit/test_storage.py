@@ -1,22 +1,35 @@
+import base64
 import contextlib
 import functools
 import hashlib
 import http.server
 import shutil
 import threading
+import traceback
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kubegraft import storage
 from kubegraft.config import IngestConfig
 from kubegraft.data.sources import open_source
 from kubegraft.errors import ConfigError, StorageError
-from kubegraft.storage import fetch_file, fetch_tree, public_uri, sha256_of
+from kubegraft.storage import (
+    check_target,
+    exists,
+    fetch_file,
+    fetch_tree,
+    list_files,
+    public_uri,
+    publish_tree,
+    sha256_of,
+)
+from kubegraft.storage.retries import redacted
+from kubegraft.storage.uris import inside
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 NO_WAIT = (0.0, 0.0)
+AUTHORIZATIONS = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -28,6 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.requests.append(self.path)
+        AUTHORIZATIONS.append(self.headers.get("Authorization"))
         failure = self.failures.pop(0) if self.failures else None
         if isinstance(failure, int):
             self.send_error(failure)
@@ -124,46 +138,90 @@ def test_credentials_are_not_shown():
     assert public_uri("gs://bucket/a b") == "gs://bucket/a b"
 
 
-class Bucket:
-    """A bucket in memory."""
-
-    def __init__(self, objects):
-        self.objects, self.downloads = objects, []
-
-    def keys(self, prefix):
-        return iter([(key, len(data)) for key, data in self.objects.items() if key.startswith(prefix)])
-
-    def download(self, key, target):
-        self.downloads.append(key)
-        if self.downloads.count(key) == 1 and key.endswith("flaky"):
-            raise ConnectionResetError
-        target.write_bytes(self.objects[key])
-
-
-def test_a_folder_of_a_bucket_is_fetched_and_continued(tmp_path, monkeypatch):
-    bucket = Bucket({"images/": b"", "images/a/1": b"one", "images/b/flaky": b"two", "images2/x": b"no"})
-    monkeypatch.setattr(storage, "_GoogleBucket", lambda name: bucket)
-    fetch_tree("gs://bucket/images", tmp_path, retry_waits_seconds=NO_WAIT)
-    found = {
-        str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
-    }
-    assert found == {"a/1": b"one", "b/flaky": b"two"}
-    bucket.downloads.clear()
-    (tmp_path / "a" / "1").unlink()
-    fetch_tree("gs://bucket/images/", tmp_path, retry_waits_seconds=NO_WAIT)
-    assert bucket.downloads == ["images/a/1"]
-
-
-def test_an_object_can_not_leave_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_S3Bucket", lambda name: Bucket({"images/../../x": b""}))
+@pytest.mark.parametrize("relative", ["../x", "a/../../x", "/x", ""])
+def test_an_object_can_not_leave_its_folder(tmp_path, relative):
     with pytest.raises(StorageError, match="leads out"):
-        fetch_tree("s3://bucket/images", tmp_path / "target")
+        inside(tmp_path, relative, "s3://bucket/images")
 
 
-def test_an_empty_prefix_is_a_storage_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_S3Bucket", lambda name: Bucket({"other/x": b""}))
-    with pytest.raises(StorageError, match="no object under this prefix"):
-        fetch_tree("s3://bucket/images", tmp_path)
+def test_a_user_name_in_a_url_is_sent_as_credentials_and_shown_nowhere(serve, tmp_path, capsys):
+    url, _ = serve(500, 401)
+    with_secret = url.replace("://", "://me:hunter2@") + "/file?token=hunter3"
+    with pytest.raises(StorageError, match="401") as caught:
+        fetch_file(with_secret, tmp_path / "target", retry_waits_seconds=NO_WAIT)
+    shown = "".join(capsys.readouterr()) + "".join(traceback.format_exception(caught.value))
+    assert "retrying" in shown
+    assert "hunter" not in shown
+    assert AUTHORIZATIONS[-1] == f"Basic {base64.b64encode(b'me:hunter2').decode()}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET https://host/a?X-Amz-Signature=hunter2 failed",
+        "bad URL http://me:hunter2@host/a",
+        "sent {'Authorization': 'Bearer hunter2'}",
+        "the key hunter2 is not known",
+    ],
+)
+def test_messages_of_clients_are_shown_without_secrets(monkeypatch, text):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    assert "hunter2" not in redacted(text)
+    assert redacted("404 Not Found: no such object") == "404 Not Found: no such object"
+
+
+def written(directory, files):
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def test_a_local_publication_is_replaced_whole(tmp_path):
+    source = written(tmp_path / "source", {"a/1": b"one", "2": b"two"})
+    target = tmp_path / "deep" / "target"
+    digest = publish_tree(source, str(target))
+    assert publish_tree(source, target.as_uri()) == digest
+    assert [file.path for file in list_files(str(target))] == ["2", "a/1"]
+    (source / "a" / "1").unlink()
+    assert publish_tree(source, str(target)) != digest
+    fetch_tree(str(target), tmp_path / "back")
+    assert [path.name for path in (tmp_path / "back").iterdir() if path.is_file()] == ["2"]
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    assert exists(str(target))
+    assert not exists(str(target / "a" / "1"))
+
+
+def test_only_some_names_are_published(tmp_path):
+    source = written(tmp_path / "source", {"model/x": b"x", "run.json": b"{}", "work/big": b"no"})
+    publish_tree(source, str(tmp_path / "target"), only=("model", "run.json"))
+    assert [file.path for file in list_files(str(tmp_path / "target"))] == ["run.json", "model/x"]
+    with pytest.raises(ConfigError, match="no missing"):
+        publish_tree(source, str(tmp_path / "target"), only=("model", "missing"))
+
+
+def test_what_is_not_a_publication_is_never_replaced(tmp_path):
+    source = written(tmp_path / "source", {"a": b"one"})
+    theirs = written(tmp_path / "theirs", {"b": b"precious"})
+    for attempt in (lambda: check_target(str(theirs)), lambda: publish_tree(source, str(theirs))):
+        with pytest.raises(ConfigError, match="holds 'b'"):
+            attempt()
+    with pytest.raises(ConfigError, match="a file"):
+        publish_tree(source, str(theirs / "b"))
+    assert (theirs / "b").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("place", ["source", "source/inner", "."])
+def test_a_folder_is_not_published_into_itself(tmp_path, place):
+    source = written(tmp_path / "source", {"a": b"one"})
+    with pytest.raises(ConfigError, match="outside of itself"):
+        publish_tree(source, str(tmp_path / place))
+    assert (source / "a").read_bytes() == b"one"
+
+
+def test_publishing_by_http_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="http"):
+        check_target("https://host/folder")
 
 
 def test_a_source_is_fetched_once_however_often_ingest_is_killed(tmp_path, serve, monkeypatch):

@@ -1,0 +1,199 @@
+"""From a path or URI to local files: each whole or not at all, in parallel, continued where a call was killed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kubegraft.errors import ConfigError, StorageError
+from kubegraft.reporting.events import log_event
+from kubegraft.storage.digests import checksum_of
+from kubegraft.storage.objects import ObjectStore, StoredObject, list_objects, opened_store
+from kubegraft.storage.publication import COMPLETE, PARTIAL_FOLDER, PUBLICATION_FILE, Publication
+from kubegraft.storage.retries import RETRY_WAITS_SECONDS, PassingFault, Retries
+from kubegraft.storage.transfers import in_parallel
+from kubegraft.storage.uris import OBJECT_SCHEMES, as_folder, inside, known_scheme, local_path, public_uri
+from kubegraft.storage.web import download_http
+
+_WEB_SCHEMES: Final = ("http", "https")
+
+
+def fetch_file(
+    uri: str, target: str | os.PathLike[str], *, retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS
+) -> None:
+    """Copy one file to the local path `target`, whole or not at all; its folder is made if need be.
+
+    Args:
+        uri: Path or URI of a file.
+        target: Local path to write.
+        retry_waits_seconds: How long to wait before each further try.
+
+    Raises:
+        ConfigError: If the scheme is unknown, or the package that reads it is not installed.
+        StorageError: If the file can't be read, at last.
+    """
+    scheme = known_scheme(uri)
+    retries = Retries(retry_waits_seconds)
+    if scheme in _WEB_SCHEMES:
+        download: Callable[[Path], None] = functools.partial(download_http, uri)
+    elif scheme in OBJECT_SCHEMES:
+        with opened_store(uri, retries) as (store, key):
+            _fetch(uri, Path(target), functools.partial(store.download, key), retries)
+        return
+    else:
+        download = functools.partial(_copy, local_path(uri))
+    _fetch(uri, Path(target), download, retries)
+
+
+def fetch_tree(
+    uri: str,
+    target_dir: str | os.PathLike[str],
+    *,
+    retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
+) -> None:
+    """Copy a folder, with everything in it, into the local directory `target_dir`.
+
+    A file that is there already with the size and checksum of the one to fetch is kept, so that an interrupted
+    call continues. Of a folder that `publish_tree` wrote, exactly the published files are fetched.
+
+    Args:
+        uri: Path of a folder, or `gs://` or `s3://` URI of a prefix.
+        target_dir: Local directory, made if need be.
+        retry_waits_seconds: How long to wait before each further try of a file.
+
+    Raises:
+        ConfigError: If the scheme is unknown or has no folders, or its package is not installed.
+        StorageError: If something can't be read, at last, or there is nothing under the prefix, or what was
+            being published there is still not whole.
+    """
+    target_dir = Path(target_dir)
+    retries = Retries(retry_waits_seconds)
+    scheme = folder_scheme(uri)
+    if scheme not in OBJECT_SCHEMES:
+        retries.call(uri, functools.partial(_copy_tree, local_path(uri), target_dir))
+        return
+    with opened_store(uri, retries) as (store, key):
+        num_files, num_bytes = _fetch_objects(store, as_folder(key), target_dir, uri, retries)
+    if not num_files:
+        raise StorageError(
+            f"`{public_uri(uri)}` must be a folder with files. Received: no object under this prefix. "
+            "Check the spelling and the permission to list."
+        )
+    log_event("storage", "fetched", uri=public_uri(uri), files=num_files, mib=round(num_bytes / 2**20, 1))
+
+
+def folder_scheme(uri: str) -> str:
+    """Return the scheme of a folder's URI, "" for a path.
+
+    Raises:
+        ConfigError: If the scheme is unknown or has no folders.
+    """
+    scheme = known_scheme(uri)
+    if scheme in _WEB_SCHEMES:
+        raise ConfigError(
+            f"`source` must be a file where it is fetched by {scheme}, because {scheme} can't list folders. "
+            f"Received: {public_uri(uri)!r}. Give the URI of a .zip or .tar.gz archive."
+        )
+    return scheme
+
+
+def read_publication(store: ObjectStore, prefix: str, uri: str) -> Publication | None:
+    """Return the record in a bucket's folder, or None where nothing was published."""
+    content = store.read(prefix + PUBLICATION_FILE)
+    return None if content is None else Publication.from_json(content, uri)
+
+
+def plain_objects(store: ObjectStore, prefix: str, uri: str, retries: Retries) -> Iterator[StoredObject]:
+    """Yield the objects in a folder that are somebody's files: no record, nothing half-published, no folder keys."""
+    for item in list_objects(store, prefix, uri, retries):
+        relative = item.key.removeprefix(prefix)
+        ours = relative == PUBLICATION_FILE or relative.startswith(f"{PARTIAL_FOLDER}/")
+        if not ours and not item.key.endswith("/"):  # consoles make such keys for folders
+            yield item
+
+
+def _fetch_objects(
+    store: ObjectStore, prefix: str, target_dir: Path, uri: str, retries: Retries
+) -> tuple[int, int]:
+    publication = retries.call(uri, lambda: _whole_publication(store, prefix, uri))
+    wanted = _published(publication, prefix) if publication else _listed(store, prefix, uri, retries)
+    return in_parallel(
+        lambda item: _fetch_object(store, item, prefix, target_dir, uri, retries),
+        wanted,
+        retries,
+        total=len(publication.files) if publication else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    item: StoredObject
+    sha256: str = ""
+
+
+def _whole_publication(store: ObjectStore, prefix: str, uri: str) -> Publication | None:
+    publication = read_publication(store, prefix, uri)
+    if publication is not None and publication.state != COMPLETE:
+        raise PassingFault("it is being published; if nobody is at it any more, publish it again")
+    return publication
+
+
+def _published(publication: Publication, prefix: str) -> Iterator[_Wanted]:
+    for file in publication.files:
+        yield _Wanted(StoredObject(prefix + file.path, file.size, f"sha256:{file.sha256}"), file.sha256)
+
+
+def _listed(store: ObjectStore, prefix: str, uri: str, retries: Retries) -> Iterator[_Wanted]:
+    return map(_Wanted, plain_objects(store, prefix, uri, retries))
+
+
+def _fetch_object(
+    store: ObjectStore, wanted: _Wanted, prefix: str, target_dir: Path, uri: str, retries: Retries
+) -> int:
+    """Fetch one object of a folder, and return how many bytes came."""
+    item = wanted.item
+    target = inside(target_dir, item.key.removeprefix(prefix), uri)
+    if item.is_same_as(target):
+        return 0
+
+    def download(aside: Path) -> None:
+        store.download(item.key, aside)
+        if wanted.sha256 and checksum_of(aside, "sha256") != f"sha256:{wanted.sha256}":
+            raise PassingFault("the file is not the one that was published; it may be being replaced")
+
+    _fetch(f"{uri.rstrip('/')}/{item.key.removeprefix(prefix)}", target, download, retries)
+    return target.stat().st_size
+
+
+def _fetch(uri: str, target: Path, download: Callable[[Path], None], retries: Retries) -> None:
+    # Of fixed length, because the name may be as long as names can be; the same each time, so that none piles up.
+    name = hashlib.sha256(target.name.encode(errors="surrogateescape")).hexdigest()[:16]
+    aside = target.with_name(f".{name}.partial")
+
+    def attempt() -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(aside)
+        aside.replace(target)
+
+    try:
+        retries.call(uri, attempt)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _copy_tree(source: Path, target_dir: Path) -> None:
+    def ignored(directory: str, names: list[str]) -> list[str]:
+        at_top = Path(directory) == source
+        return [name for name in names if at_top and name in (PUBLICATION_FILE, PARTIAL_FOLDER)]
+
+    shutil.copytree(source, target_dir, ignore=ignored, dirs_exist_ok=True)
