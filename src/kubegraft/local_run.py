@@ -28,7 +28,7 @@ from kubegraft.processes import ERROR_FILE, RUN_PID_VARIABLE, WORK_DIR_VARIABLE
 from kubegraft.reporting.events import log_event
 from kubegraft.run_config import RunConfig, pipeline_parameters
 from kubegraft.run_log import RunLog, without_executor_echo
-from kubegraft.run_results import find_run_dir, publish, read_results, summarise, tidy, write_summary
+from kubegraft.run_results import RESULTS, find_run_dir, publish, read_results, summarise, tidy, write_summary
 from kubegraft.stage import FRESH_VARIABLE
 
 _LOCK_FILE: Final = ".kubegraft-run"
@@ -37,7 +37,7 @@ _COMPILED: Final = Path(kubegraft.__file__).parent / "compiled" / "transfer_lear
 
 
 def run_locally(
-    run_config: RunConfig, output: str | os.PathLike[str], *, fresh: bool = False
+    run_config: RunConfig, output: str | os.PathLike[str], *, fresh: bool = False, publish_uri: str = ""
 ) -> dict[str, Any]:
     """Run the pipeline here, and publish its report, model and metrics.
 
@@ -47,6 +47,7 @@ def run_locally(
         run_config: What to run.
         output: Directory for everything the run writes; made if need be.
         fresh: Whether to start over instead of continuing or reusing earlier work.
+        publish_uri: Path, or `gs://` or `s3://` URI of a folder, that the results are copied to; "" for none.
 
     Returns:
         The summary, which is also in `run.json`: paths, accuracies, digests, config.
@@ -58,6 +59,8 @@ def run_locally(
     started = time.monotonic()
     output_dir = Path(output).absolute()
     check_before_work(run_config, output_dir)
+    if publish_uri:
+        storage.check_target(output_dir, publish_uri)
     with _locked(output_dir):
         pipeline = without_retries(load_pipeline())
         run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
@@ -65,7 +68,11 @@ def run_locally(
         publish(run_dir, output_dir)
         seconds = time.monotonic() - started
         summary = summarise(os.fspath(output), results, to_values(run_config), seconds)
+        if publish_uri:
+            summary["published"] = storage.public_uri(publish_uri)
         write_summary(summary, output_dir)
+        if publish_uri:
+            storage.publish_tree(output_dir, publish_uri, only=RESULTS)
         tidy(run_dir, output_dir, results)
     return summary
 

@@ -35,6 +35,7 @@ _PUBLISHED: Final[Mapping[str, str]] = {
     "export/export_model": "model",
 }
 SUMMARY_FILE: Final = "run.json"
+RESULTS: Final = (*_PUBLISHED.values(), SUMMARY_FILE)  # what a run comes to; the rest is for the next run
 _WORK_DIRS_KEPT: Final = 5
 _WORK_DIR: Final = re.compile(r"(?P<stage>[a-z_]+)-[0-9a-f]{20}")
 

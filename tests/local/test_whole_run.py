@@ -45,9 +45,15 @@ def test_a_folder_becomes_a_classifier_that_answers(image_folder, config, tmp_pa
     answer = json.loads(kubegraft("predict", summary["model"], photograph, "--json").stdout)
     assert "class_" in json.dumps(answer)
 
-    again = kubegraft("run", images, "--config", config, "--output", output, "--json")
+    published = tmp_path / "published"
+    again = kubegraft("run", images, "--config", config, "--output", output, "--json", "--publish", published)
     assert json.loads(again.stdout)["digests"] == summary["digests"]
     assert again.stderr.count("reused") >= 4, again.stderr
+    assert json.loads((published / "run.json").read_text())["published"] == str(published)
+    assert {"report.html", "dataset_report.html", "metrics.json", "model"} < {
+        p.name for p in published.iterdir()
+    }
+    assert json.loads(kubegraft("predict", published / "model", photograph, "--json").stdout) == answer
 
 
 def test_a_failing_stage_says_why_last_and_exits_with_its_code(image_folder, config, tmp_path):

@@ -203,7 +203,7 @@ def test_only_some_names_are_published(tmp_path):
 def test_what_is_not_a_publication_is_never_replaced(tmp_path):
     source = written(tmp_path / "source", {"a": b"one"})
     theirs = written(tmp_path / "theirs", {"b": b"precious"})
-    for attempt in (lambda: check_target(str(theirs)), lambda: publish_tree(source, str(theirs))):
+    for attempt in (lambda: check_target(source, str(theirs)), lambda: publish_tree(source, str(theirs))):
         with pytest.raises(ConfigError, match="holds 'b'"):
             attempt()
     with pytest.raises(ConfigError, match="a file"):
@@ -221,7 +221,7 @@ def test_a_folder_is_not_published_into_itself(tmp_path, place):
 
 def test_publishing_by_http_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="http"):
-        check_target("https://host/folder")
+        check_target(tmp_path, "https://host/folder")
 
 
 def test_a_source_is_fetched_once_however_often_ingest_is_killed(tmp_path, serve, monkeypatch):

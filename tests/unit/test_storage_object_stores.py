@@ -167,7 +167,9 @@ def test_publishing_again_changes_nothing_and_replacing_leaves_nothing_stale(obj
     assert not [request for request in object_store.proxy.requests if not request.startswith("GET")]
     (source / "a" / "1.bin").unlink()
     written(source, {"b/3.bin": b"new", "c/4.bin": b"four"})
+    object_store.proxy.requests.clear()
     assert publish_tree(source, object_store.folder, retry_waits_seconds=NO_WAIT) != digest
+    assert not [request for request in object_store.proxy.requests if "a/2" in unquote(request)]
     assert fetched(object_store, tmp_path / "here") == read(source)
     assert object_store.keys() == sorted([*read(source), "_kubegraft.json"])
 
@@ -232,7 +234,7 @@ def test_a_published_file_that_was_changed_is_refused(object_store, tmp_path):
 def test_other_peoples_files_are_never_replaced(object_store, tmp_path):
     object_store.put({"theirs.bin": b"theirs"})
     for attempt in (
-        lambda: check_target(object_store.folder),
+        lambda: check_target(tmp_path, object_store.folder),
         lambda: publish_tree(written(tmp_path / "source", FILES), object_store.folder),
     ):
         with pytest.raises(ConfigError, match=r"theirs\.bin"):

@@ -26,10 +26,17 @@ from kubegraft.run_config import STAGES, RunConfig
     show_default=True,
 )
 @click.option("--fresh", is_flag=True, help="Start over instead of continuing or reusing earlier work.")
+@click.option(
+    "--publish",
+    "publish_uri",
+    metavar="URI",
+    default="",
+    help="Folder (path, gs:// or s3://) that the reports, the model and the metrics are copied to at the end.",
+)
 @json_option
 @config_options(STAGES, flat=True)
 @DebugOption.decorate
-def run(output: str, fresh: bool, as_json: bool, run_config: RunConfig) -> None:
+def run(output: str, fresh: bool, publish_uri: str, as_json: bool, run_config: RunConfig) -> None:
     """From a folder of images to a tested classifier: ingest, train, fine-tune, evaluate, export.
 
     DATA holds train/<class>/*.jpg, with validation/<class>/ and test/<class>/ if you have them, or one folder
@@ -38,7 +45,7 @@ def run(output: str, fresh: bool, as_json: bool, run_config: RunConfig) -> None:
     """
     from kubegraft.local_run import run_locally
 
-    summary = run_locally(run_config, output, fresh=fresh)
+    summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri)
     if as_json:
         print_json(summary)
     else:
@@ -66,6 +73,7 @@ def _show(summary: dict[str, Any]) -> None:
             ("model", summary["model"]),
             ("metrics", summary["metrics"]),
             ("dataset report", summary["dataset_report"]),
+            *([("published", summary["published"])] if "published" in summary else []),
             ("took", f"{summary['seconds']:.0f} s"),
             ("next", f"{shlex.quote(program())} predict {shlex.quote(summary['model'])} IMAGE..."),
         ]

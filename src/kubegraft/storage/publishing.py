@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from kubegraft.errors import ConfigError
 from kubegraft.reporting.events import log_event
@@ -21,6 +22,7 @@ from kubegraft.storage.digests import checksum_of
 from kubegraft.storage.fetching import folder_scheme, plain_objects, read_publication
 from kubegraft.storage.objects import ObjectStore, list_objects, opened_store
 from kubegraft.storage.publication import (
+    COMPLETE,
     PARTIAL_FOLDER,
     PUBLICATION_FILE,
     PUBLISHING,
@@ -31,6 +33,8 @@ from kubegraft.storage.publication import (
 from kubegraft.storage.retries import RETRY_WAITS_SECONDS, PassingFault, Retries
 from kubegraft.storage.transfers import in_parallel
 from kubegraft.storage.uris import OBJECT_SCHEMES, as_folder, local_path, public_uri
+
+_T = TypeVar("_T")
 
 
 def publish_tree(
@@ -80,8 +84,18 @@ def publish_tree(
     return publication.digest
 
 
-def check_target(uri: str, *, retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS) -> None:
-    """Raise what would keep `publish_tree` from publishing to `uri` later, as far as reading can tell.
+def check_target(
+    directory: str | os.PathLike[str],
+    uri: str,
+    *,
+    retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
+) -> None:
+    """Raise what would keep `publish_tree` from its work later, as far as reading can tell.
+
+    Args:
+        directory: Local directory that will be published; it need not exist yet.
+        uri: Where to.
+        retry_waits_seconds: How long to wait before each further try of a request.
 
     Raises:
         ConfigError: If `uri` holds other files, or is of a scheme that can't be written.
@@ -91,6 +105,7 @@ def check_target(uri: str, *, retry_waits_seconds: Sequence[float] = RETRY_WAITS
         with _opened_bucket(uri, Retries(retry_waits_seconds)) as bucket:
             bucket.require_free(bucket.record())
     else:
+        _require_outside(Path(directory), local_path(uri).absolute())
         _require_free(local_path(uri).absolute())
 
 
@@ -107,13 +122,15 @@ class _Bucket:
         """Publish, and return whether anything had to change."""
         earlier = self.record()
         self.require_free(earlier)
-        if earlier == publication and self._is_there(publication):
-            return False
-        staging = f"{self.prefix}{PARTIAL_FOLDER}/{publication.digest[:20]}/"
-        self._upload(directory, publication, staging)
-        self._switch(earlier, publication, staging)
-        self._each(lambda file: self._delete(staging + file.path), publication.files)
-        return True
+        there = self._unchanged(earlier)
+        new = [file for file in publication.files if file not in there]
+        changed = earlier != publication or bool(new)
+        if changed:
+            staging = f"{self.prefix}{PARTIAL_FOLDER}/{publication.digest[:20]}/"
+            self._upload(directory, new, staging)
+            self._switch(earlier, publication, new, staging)
+        self._remove_partial()
+        return changed
 
     def record(self) -> Publication | None:
         return self.retries.call(self.uri, lambda: read_publication(self.store, self.prefix, self.uri))
@@ -122,14 +139,17 @@ class _Bucket:
         for item in plain_objects(self.store, self.prefix, self.uri, self.retries) if earlier is None else ():
             raise _not_free(self.uri, item.key.removeprefix(self.prefix))
 
-    def _is_there(self, publication: Publication) -> bool:
+    def _unchanged(self, earlier: Publication | None) -> frozenset[PublishedFile]:
+        """Return the files of a whole earlier publication that are there."""
+        if earlier is None or earlier.state != COMPLETE:
+            return frozenset()
         sizes = {
             item.key.removeprefix(self.prefix): item.size
             for item in plain_objects(self.store, self.prefix, self.uri, self.retries)
         }
-        return all(sizes.get(file.path) == file.size for file in publication.files)
+        return frozenset(file for file in earlier.files if sizes.get(file.path) == file.size)
 
-    def _upload(self, directory: Path, publication: Publication, staging: str) -> None:
+    def _upload(self, directory: Path, files: Sequence[PublishedFile], staging: str) -> None:
         uploaded = {item.key: item for item in list_objects(self.store, staging, self.uri, self.retries)}
 
         def upload(file: PublishedFile) -> int:
@@ -139,20 +159,30 @@ class _Bucket:
             self._written(functools.partial(self.store.upload, source, key))
             return file.size
 
-        self._each(upload, publication.files)
+        self._each(upload, files)
 
-    def _switch(self, earlier: Publication | None, publication: Publication, staging: str) -> None:
+    def _switch(
+        self,
+        earlier: Publication | None,
+        publication: Publication,
+        new: Sequence[PublishedFile],
+        staging: str,
+    ) -> None:
         """Put the uploaded files in place; for this moment readers are told to wait."""
         former = earlier.files if earlier else ()
-        stale = {file.path: file for file in former} | {file.path: file for file in publication.files}
-        self._write_record(replace(publication, files=tuple(stale.values()), state=PUBLISHING))
-        self._each(lambda file: self._copy(staging + file.path, self.prefix + file.path), publication.files)
+        any_of_them = {file.path: file for file in (*former, *publication.files)}
+        self._write_record(replace(publication, files=tuple(any_of_them.values()), state=PUBLISHING))
+        self._each(lambda file: self._copy(staging + file.path, self.prefix + file.path), new)
         kept = {file.path for file in publication.files}
-        self._each(
-            lambda file: self._delete(self.prefix + file.path),
-            [file for file in former if file.path not in kept],
-        )
+        stale = [file for file in former if file.path not in kept]
+        self._each(lambda file: self._delete(self.prefix + file.path), stale)
         self._write_record(publication)
+
+    def _remove_partial(self) -> None:
+        """Remove what was uploaded on the way, also by earlier calls that were killed and never continued."""
+        prefix = f"{self.prefix}{PARTIAL_FOLDER}/"
+        keys = [item.key for item in list_objects(self.store, prefix, self.uri, self.retries)]
+        self._each(self._delete, keys)
 
     def _write_record(self, publication: Publication) -> None:
         key, content = self.prefix + PUBLICATION_FILE, publication.to_json()
@@ -169,8 +199,8 @@ class _Bucket:
     def _written(self, action: functools.partial[None]) -> None:
         self.retries.call(self.uri, action, "written")
 
-    def _each(self, function: Callable[[PublishedFile], int], files: Sequence[PublishedFile]) -> None:
-        in_parallel(function, files, self.retries, total=len(files))
+    def _each(self, function: Callable[[_T], int], items: Sequence[_T]) -> None:
+        in_parallel(function, items, self.retries, total=len(items))
 
 
 @contextlib.contextmanager
@@ -181,12 +211,7 @@ def _opened_bucket(uri: str, retries: Retries) -> Iterator[_Bucket]:
 
 def _publish_locally(directory: Path, target: Path, publication: Publication) -> bool:
     """Write aside and rename; return whether anything had to change."""
-    resolved = directory.resolve(), target.resolve()
-    if resolved[0] in (resolved[1], *resolved[1].parents) or resolved[1] in resolved[0].parents:
-        raise ConfigError(
-            f"A directory must be published outside of itself. Received: directory={str(directory)!r}, "
-            f"uri={str(target)!r}. Choose another place."
-        )
+    _require_outside(directory, target)
     record, content = target / PUBLICATION_FILE, publication.to_json()
     _require_free(target)
     if record.is_file() and record.read_bytes() == content:
@@ -205,6 +230,15 @@ def _publish_locally(directory: Path, target: Path, publication: Publication) ->
     aside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     return True
+
+
+def _require_outside(directory: Path, target: Path) -> None:
+    resolved = directory.resolve(), target.resolve()
+    if resolved[0] in (resolved[1], *resolved[1].parents) or resolved[1] in resolved[0].parents:
+        raise ConfigError(
+            f"A directory must be published outside of itself. Received: directory={str(directory)!r}, "
+            f"uri={str(target)!r}. Choose another place."
+        )
 
 
 def _require_free(target: Path) -> None:
