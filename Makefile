@@ -8,9 +8,15 @@ CONFIG ?=
 OUTPUT ?= output
 ARGS ?=
 READY := $(VENV)/.ready
+REGISTRY ?= $(or $(KUBEGRAFT_REGISTRY),ghcr.io/kubegraft)
+TAG ?= $(shell $(PYTHON) docker/tag)
+TARGETS ?= cpu
+DOCKER ?= docker
+DOCKER_FLAGS ?=
+CHECKOV := $(VENV)-checkov
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format compile generate check-generated clean
+.PHONY: help setup run test test-manifests lint format compile generate check-generated requirements images images-push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,6 +39,15 @@ run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name]
 test: $(READY)  ## run all tests that need no network, Docker or GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-manifests: $(READY) $(CHECKOV)/.ready  ## check manifests/ with kustomize, schemas and checkov
+	@KUBEGRAFT_REQUIRE=kustomize,checkov PATH="$(abspath $(CHECKOV))/bin:$$PATH" $(BIN)/python -m pytest tests/manifests $(ARGS)
+
+# In an environment of its own: it pins other versions of boto3 than kubegraft.
+$(CHECKOV)/.ready: tests/manifests/requirements-checkov.txt
+	@$(PYTHON) -m venv --clear $(CHECKOV)
+	@$(CHECKOV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 lint: $(READY)  ## check style, types and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -51,5 +66,24 @@ generate: compile  ## regenerate every generated file
 check-generated: $(READY)  ## fail if a generated file differs from its source
 	@$(BIN)/python pipelines/compile.py --check
 
+requirements: $(READY)  ## write docker/requirements-*.txt from pyproject.toml and constraints.txt
+	@$(BIN)/python docker/requirements.py
+
+images:  ## build the images: make images [TARGETS="cpu gpu"] [REGISTRY=...] [TAG=...] [DOCKER_FLAGS="--network host"]
+	@for target in $(TARGETS); do $(DOCKER_IMAGE); \
+	  if $(DOCKER) image inspect "$$image" >/dev/null 2>&1; then echo "$$image is there already"; continue; fi; \
+	  $(DOCKER) build $(DOCKER_FLAGS) --file docker/train.Dockerfile --target "$$target" --build-arg IMAGE_VERSION="$(TAG)" --tag "$$image" . || exit 1; \
+	  echo "$$image"; done
+
+images-push:  ## push what `make images` built; a tag that the registry has is left as it is
+	@for target in $(TARGETS); do $(DOCKER_IMAGE); \
+	  if $(DOCKER) manifest inspect "$$image" >/dev/null 2>&1; then echo "$$image is in the registry already; a tag never moves"; continue; fi; \
+	  $(DOCKER) push "$$image" || exit 1; done
+
+# The name of the image of $$target, in a recipe.
+define DOCKER_IMAGE
+case "$$target" in cpu) suffix=;; *) suffix="-$$target";; esac; image="$(REGISTRY)/kubegraft-train$$suffix:$(TAG)"
+endef
+
 clean:  ## remove .venv and caches
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) $(CHECKOV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

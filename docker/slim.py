@@ -1,6 +1,6 @@
 """Make an environment of the image small and reproducible; train.Dockerfile runs it while the image is built.
 
-    slim.py packages ENVIRONMENT          remove what is never used, compile, set file times
+    slim.py packages ENVIRONMENT          remove what is never used, strip, compile, set file times
     slim.py code ENVIRONMENT OUTPUT       put kubegraft's own files, compiled, and the SBOM into OUTPUT
 
 Needs the standard library only. File times are SOURCE_DATE_EPOCH; bytecode is compiled unchecked, since neither
@@ -14,6 +14,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from strip_symbols import strip_symbols
 
 # What no code path of kubegraft, KFP's executor or their libraries reads at run time, by glob in site-packages.
 UNUSED = (
@@ -50,6 +52,9 @@ def slim(environment: Path) -> None:
     before = size_bytes(environment)
     for path in unused(packages):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for path in packages.rglob("*.so*"):
+        if path.is_file() and not path.is_symlink():
+            strip_symbols(path)
     removed = before - size_bytes(environment)
     compile_all(environment)
     print(f"removed {removed / 1e6:.0f} MB; {size_bytes(environment) / 1e6:.0f} MB remain with bytecode")
@@ -67,7 +72,11 @@ def unused(packages: Path) -> Iterator[Path]:
 def collect(environment: Path, output: Path) -> None:
     """Copy what the wheel of kubegraft brought to `environment`, and write the SBOM beside it."""
     packages = site_packages(environment)
-    own = [*packages.glob("kubegraft"), *packages.glob("kubegraft-*.dist-info"), environment / "bin/kubegraft"]
+    own = [
+        *packages.glob("kubegraft"),
+        *packages.glob("kubegraft-*.dist-info"),
+        environment / "bin/kubegraft",
+    ]
     for path in own:
         target = output / path.relative_to(environment)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ COPY docker/requirements-build.txt /build/
 RUN python3 -m venv /opt/build \
  && /opt/build/bin/python -m pip install --no-compile --require-hashes --only-binary=:all: -r /build/requirements-build.txt \
  && python3 -m venv --without-pip /opt/kubegraft
-COPY docker/slim.py docker/sbom.py /build/
+COPY docker/slim.py docker/strip_symbols.py docker/sbom.py /build/
 
 # ---- CPU --------------------------------------------------------------------------------------------------
 FROM build AS packages-cpu
