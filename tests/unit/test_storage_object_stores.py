@@ -15,6 +15,7 @@ from kubegraft.storage import check_target, exists, fetch_file, fetch_tree, list
 from tests.object_stores import SECRET
 
 NO_WAIT = (0.0, 0.0, 0.0)
+SHORT_WAITS = (0.1, 0.3, 1.0, 3.0)  # the emulator of gs:// refuses some of many connections at once
 CONTENT = np.random.default_rng(0).bytes(300_000)
 FILES = {"a/1.bin": CONTENT, "a/2 ü?#.bin": b"two", "b/3.bin": CONTENT[::-1]}
 
@@ -128,14 +129,23 @@ def test_an_interrupted_fetch_continues_and_trusts_no_stale_file(object_store, t
     assert len([path for path in object_store.proxy.requests if ".bin" in path]) == 1
 
 
+def test_a_continued_fetch_keeps_nothing_that_is_gone(object_store, tmp_path):
+    object_store.put(FILES)
+    here = written(tmp_path / "here", {"a/gone.bin": b"deleted in the bucket since", **FILES})
+    for path in here.rglob("*.bin"):
+        os.utime(path, (0, 0))
+    fetch_tree(object_store.folder, here, exact=True, retry_waits_seconds=NO_WAIT)
+    assert read(here) == FILES
+
+
 def test_many_files_come_in_parallel(object_store, tmp_path):
     names = [f"{number:03d}.bin" for number in range(40)]
     large = np.random.default_rng(1).bytes(200_000)
     source = written(tmp_path / "source", dict.fromkeys(names, large))
-    publish_tree(source, object_store.folder, retry_waits_seconds=NO_WAIT)
+    publish_tree(source, object_store.folder, retry_waits_seconds=SHORT_WAITS)
     object_store.proxy.largest_parallel = 0
     assert len(list(list_files(object_store.folder))) == 40
-    fetch_tree(object_store.folder, tmp_path / "warm", retry_waits_seconds=NO_WAIT)
+    fetch_tree(object_store.folder, tmp_path / "warm", retry_waits_seconds=SHORT_WAITS)
     assert object_store.proxy.largest_parallel >= 4
     assert read(tmp_path / "warm") == read(source)
 

@@ -60,7 +60,7 @@ def open_source(source: str, scratch: Path) -> OpenedSource:
     if scheme in _LISTED_BY_PREFIX and not is_archive:
         target = scratch / "folder"
         log_event("ingest", "fetching", source=storage.public_uri(source))
-        storage.fetch_tree(source, target)
+        storage.fetch_tree(source, target, exact=True)  # an interrupted call may have left what is gone now
         return OpenedSource(target, is_archive=False)
     fetched = scratch / "archive"
     if not fetched.exists():

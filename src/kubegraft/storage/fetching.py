@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def fetch_tree(
     uri: str,
     target_dir: str | os.PathLike[str],
     *,
+    exact: bool = False,
     retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
 ) -> None:
     """Copy a folder, with everything in it, into the local directory `target_dir`.
@@ -65,6 +67,7 @@ def fetch_tree(
     Args:
         uri: Path of a folder, or `gs://` or `s3://` URI of a prefix.
         target_dir: Local directory, made if need be.
+        exact: Whether files in `target_dir` that are not in the folder (any more) are removed; for buckets only.
         retry_waits_seconds: How long to wait before each further try of a file.
 
     Raises:
@@ -78,6 +81,7 @@ def fetch_tree(
     if scheme not in OBJECT_SCHEMES:
         retries.call(uri, functools.partial(_copy_tree, local_path(uri), target_dir))
         return
+    started_ns = _file_system_time_ns(target_dir)
     with opened_store(uri, retries) as (store, key):
         num_files, num_bytes = _fetch_objects(store, as_folder(key), target_dir, uri, retries)
     if not num_files:
@@ -85,6 +89,8 @@ def fetch_tree(
             f"`{public_uri(uri)}` must be a folder with files. Received: no object under this prefix. "
             "Check the spelling and the permission to list."
         )
+    if exact:
+        _remove_older(target_dir, started_ns)
     log_event("storage", "fetched", uri=public_uri(uri), files=num_files, mib=round(num_bytes / 2**20, 1))
 
 
@@ -160,6 +166,7 @@ def _fetch_object(
     item = wanted.item
     target = inside(target_dir, item.key.removeprefix(prefix), uri)
     if item.is_same_as(target):
+        os.utime(target)
         return 0
 
     def download(aside: Path) -> None:
@@ -185,6 +192,22 @@ def _fetch(uri: str, target: Path, download: Callable[[Path], None], retries: Re
         retries.call(uri, attempt)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _file_system_time_ns(directory: Path) -> int:
+    """Return the time as the file system of `directory` stamps it, whose clock need not be this machine's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _remove_older(directory: Path, started_ns: int) -> None:
+    """Remove what this call neither wrote nor kept: each such file has an earlier stamp. Needs no list of names."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            path = Path(root, name)
+            if path.stat().st_mtime_ns < started_ns:
+                path.unlink()
 
 
 def _copy(source: Path, target: Path) -> None:
