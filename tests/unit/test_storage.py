@@ -220,7 +220,7 @@ def test_a_folder_is_not_published_into_itself(tmp_path, place):
 
 
 def test_publishing_by_http_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="http"):
+    with pytest.raises(ConfigError, match="can only be read"):
         check_target(tmp_path, "https://host/folder")
 
 

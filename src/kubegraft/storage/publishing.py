@@ -19,7 +19,7 @@ from typing import TypeVar
 from kubegraft.errors import ConfigError
 from kubegraft.reporting.events import log_event
 from kubegraft.storage.digests import checksum_of
-from kubegraft.storage.fetching import folder_scheme, plain_objects, read_publication
+from kubegraft.storage.fetching import plain_objects, read_publication
 from kubegraft.storage.objects import ObjectStore, list_objects, opened_store
 from kubegraft.storage.publication import (
     COMPLETE,
@@ -32,7 +32,7 @@ from kubegraft.storage.publication import (
 )
 from kubegraft.storage.retries import RETRY_WAITS_SECONDS, PassingFault, Retries
 from kubegraft.storage.transfers import in_parallel
-from kubegraft.storage.uris import OBJECT_SCHEMES, as_folder, local_path, public_uri
+from kubegraft.storage.uris import OBJECT_SCHEMES, as_folder, known_scheme, local_path, public_uri
 
 _T = TypeVar("_T")
 
@@ -63,7 +63,7 @@ def publish_tree(
         StorageError: If something can't be read or written, at last.
     """
     directory = Path(directory)
-    scheme = folder_scheme(uri)
+    scheme = _target_scheme(uri)
     publication = describe(directory, only)
     if scheme in OBJECT_SCHEMES:
         with _opened_bucket(uri, Retries(retry_waits_seconds)) as bucket:
@@ -101,12 +101,22 @@ def check_target(
         ConfigError: If `uri` holds other files, or is of a scheme that can't be written.
         StorageError: If it can't be reached.
     """
-    if folder_scheme(uri) in OBJECT_SCHEMES:
+    if _target_scheme(uri) in OBJECT_SCHEMES:
         with _opened_bucket(uri, Retries(retry_waits_seconds)) as bucket:
             bucket.require_free(bucket.record())
     else:
         _require_outside(Path(directory), local_path(uri).absolute())
         _require_free(local_path(uri).absolute())
+
+
+def _target_scheme(uri: str) -> str:
+    scheme = known_scheme(uri)
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"The place to publish to must be a path, or a gs:// or s3:// URI. Received: {public_uri(uri)!r}. "
+            f"{scheme}:// can only be read."
+        )
+    return scheme
 
 
 @dataclass(frozen=True, slots=True)
