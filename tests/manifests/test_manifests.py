@@ -5,6 +5,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import click
 import kubernetes_validate
 import pytest
 import yaml
@@ -224,6 +225,21 @@ def test_no_secret_is_in_a_manifest(directory, build):
 def test_tasks_run_the_image_that_pipelines_name(sample, build):
     for _, spec in pod_specs(build(MANIFESTS / "samples" / sample)):
         assert [container["image"] for container in spec["containers"]] == [TRAIN_IMAGE]
+
+
+@named("sample", TASKS)
+def test_the_command_line_knows_the_arguments_of_tasks(sample, build):
+    from kubegraft.cli.run import run
+
+    ((_, spec),) = pod_specs(build(MANIFESTS / "samples" / sample))
+    (container,) = spec["containers"]
+    command, *arguments = container["args"]
+    assert command == "run"
+    values, rest, _ = run.make_parser(click.Context(run)).parse_args(list(arguments))
+    assert not rest
+    assert values["source"] == "sample://digits"
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert any(Path(values["output"]).is_relative_to(mount) for mount in mounts)
 
 
 @named("sample", TASKS)
