@@ -30,6 +30,7 @@ from kubegraft.run_config import RunConfig, pipeline_parameters
 from kubegraft.run_log import RunLog, without_executor_echo
 from kubegraft.run_results import RESULTS, find_run_dir, publish, read_results, summarise, tidy, write_summary
 from kubegraft.stage import FRESH_VARIABLE
+from kubegraft.unchanged import unchanged_summary
 
 _LOCK_FILE: Final = ".kubegraft-run"
 LOG_FILE: Final = "run.log"
@@ -37,7 +38,12 @@ _COMPILED: Final = Path(kubegraft.__file__).parent / "compiled" / "transfer_lear
 
 
 def run_locally(
-    run_config: RunConfig, output: str | os.PathLike[str], *, fresh: bool = False, publish_uri: str = ""
+    run_config: RunConfig,
+    output: str | os.PathLike[str],
+    *,
+    fresh: bool = False,
+    publish_uri: str = "",
+    if_changed: bool = False,
 ) -> dict[str, Any]:
     """Run the pipeline here, and publish its report, model and metrics.
 
@@ -48,9 +54,11 @@ def run_locally(
         output: Directory for everything the run writes; made if need be.
         fresh: Whether to start over instead of continuing or reusing earlier work.
         publish_uri: Path, or `gs://` or `s3://` URI of a folder, that the results are copied to; "" for none.
+        if_changed: Whether to do nothing where the run would only repeat the one before (`unchanged`).
 
     Returns:
-        The summary, which is also in `run.json`: paths, accuracies, digests, config.
+        The summary, which is also in `run.json`: paths, accuracies, digests, config. That of the run before, with
+        the reason as `skipped`, where there was nothing to do.
 
     Raises:
         KubegraftError: What a stage raised, or what is wrong before any work.
@@ -62,6 +70,8 @@ def run_locally(
     if publish_uri:
         storage.check_target(output_dir, publish_uri)
     with _locked(output_dir):
+        if if_changed and (earlier := unchanged_summary(run_config, output_dir, publish_uri)):
+            return earlier
         pipeline = without_retries(load_pipeline())
         run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
         results = read_results(run_dir)

@@ -49,6 +49,7 @@ COMMANDS: Final = {
     "export": Entry("One stage at a time", "stages", "export", "Write a model for serving, and verify it."),
     "submit": Entry("On a cluster", "kubeflow", "submit", "Run the pipeline on Kubeflow, and watch it."),
     "schedule": Entry("On a cluster", "kubeflow", "schedule", "Run it on Kubeflow again and again."),
+    "render": Entry("On a cluster", "render", "render", "Write manifests for a cluster without Kubeflow."),
     "backbones": Entry("To find your way", "catalogue", "backbones", "List the pretrained backbones."),
     "sample-data": Entry(
         "To find your way", "catalogue", "sample_data", "Write a sample as a folder of images."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,21 +10,21 @@ import click
 from kubegraft.cli.group import DebugOption
 from kubegraft.cli.options import (
     Command,
-    FieldOption,
     SectionedCommand,
     config_options,
     input_argument,
     json_option,
 )
 from kubegraft.cli.output import print_facts, print_json, print_table, stdout_to_stderr
+from kubegraft.cli.placement import cluster_option_group, option_group, placement_options
 from kubegraft.run_config import STAGES, RunConfig
 
 if TYPE_CHECKING:
     from kubegraft.kfp_client.connection import Connection
+    from kubegraft.kfp_client.placement import Placement
     from kubegraft.submit import Submission
 
 _CONNECTION = "Kubeflow Pipelines"
-_CLUSTER = "In the cluster"
 _ENDPOINT_VARIABLE = "KUBEGRAFT_KFP_ENDPOINT"
 
 _SOURCE = input_argument(
@@ -36,18 +35,7 @@ _SOURCE = input_argument(
 )
 
 
-def _options(section: str, *declared: tuple[str, dict[str, Any]]) -> Callable[[Command], Command]:
-    """Return a decorator that adds options which stand under one heading of the help."""
-
-    def decorate(function: Command) -> Command:
-        for flags, attributes in reversed(declared):
-            function = click.option(*flags.split(), cls=FieldOption, section=section, **attributes)(function)
-        return function
-
-    return decorate
-
-
-_connection_options = _options(
+_connection_options = option_group(
     _CONNECTION,
     (
         "--endpoint",
@@ -75,8 +63,7 @@ _connection_options = _options(
     ("--ca-file", {"default": "", "metavar": "FILE", "help": "Certificates to trust for https."}),
 )
 
-_cluster_options = _options(
-    _CLUSTER,
+_cluster_options = cluster_option_group(
     ("--pipeline", {"default": "", "metavar": "NAME", "help": "Name of the pipeline; by default its own."}),
     (
         "--experiment",
@@ -88,30 +75,6 @@ _cluster_options = _options(
     ),
     ("--image", {"default": "", "help": "Image of the tasks, with a tag that never moves."}),
     ("--registry", {"default": "", "help": "Registry of the released image, where yours has a copy."}),
-    (
-        "--accelerator-type",
-        {"default": "nvidia.com/gpu", "help": "Resource name of accelerators.  [default: nvidia.com/gpu]"},
-    ),
-    (
-        "--accelerator-count",
-        {"default": 0, "metavar": "N", "help": "Accelerators of each training task.  [default: 0]"},
-    ),
-    (
-        "--node-selector",
-        {
-            "multiple": True,
-            "metavar": "LABEL=VALUE",
-            "help": "Label of the training tasks' nodes; repeatable.",
-        },
-    ),
-    (
-        "--toleration",
-        {
-            "multiple": True,
-            "metavar": "KEY[=VALUE][:EFFECT]",
-            "help": "Taint that the training tasks tolerate; repeatable.",
-        },
-    ),
     ("--pod-service-account", {"default": "", "metavar": "NAME", "help": "Service account of the pods."}),
     ("--pipeline-root", {"default": "", "metavar": "URI", "help": "Where KFP keeps the artifacts."}),
     ("--caching/--no-caching", {"default": True, "help": "Let KFP reuse finished tasks.  [default: on]"}),
@@ -157,22 +120,12 @@ def _with_submission(function: Command) -> Command:
         *,
         run_config: RunConfig,
         name: str,
-        accelerator_type: str,
-        accelerator_count: int,
-        node_selector: tuple[str, ...],
-        toleration: tuple[str, ...],
+        placement: Placement,
         pod_service_account: str,
         **arguments: Any,
     ) -> Any:
-        from kubegraft.kfp_client.placement import Placement, parse_selector, parse_toleration
         from kubegraft.submit import Submission
 
-        placement = Placement(
-            accelerator_type=accelerator_type,
-            accelerator_count=accelerator_count,
-            node_selector=dict(map(parse_selector, node_selector)),
-            tolerations=tuple(map(parse_toleration, toleration)),
-        )
         names = ("pipeline", "experiment", "image", "registry", "caching", "pipeline_root")
         submission = Submission(
             run_config=run_config,
@@ -183,7 +136,7 @@ def _with_submission(function: Command) -> Command:
         )
         return function(submission=submission, **arguments)
 
-    return _cluster_options(config_options(STAGES, flat=True)(described))
+    return _cluster_options(placement_options(config_options(STAGES, flat=True)(described)))
 
 
 @click.command("submit", cls=SectionedCommand)

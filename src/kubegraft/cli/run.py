@@ -33,10 +33,17 @@ from kubegraft.run_config import STAGES, RunConfig
     default="",
     help="Folder (path, gs:// or s3://) that the reports, the model and the metrics are copied to at the end.",
 )
+@click.option(
+    "--if-changed",
+    is_flag=True,
+    help="End at once where images, config and kubegraft are those of the run before; for schedules.",
+)
 @json_option
 @config_options(STAGES, flat=True)
 @DebugOption.decorate
-def run(output: str, fresh: bool, publish_uri: str, as_json: bool, run_config: RunConfig) -> None:
+def run(
+    output: str, fresh: bool, publish_uri: str, if_changed: bool, as_json: bool, run_config: RunConfig
+) -> None:
     """From a folder of images to a tested classifier: ingest, train, fine-tune, evaluate, export.
 
     DATA holds train/<class>/*.jpg, with validation/<class>/ and test/<class>/ if you have them, or one folder
@@ -45,9 +52,11 @@ def run(output: str, fresh: bool, publish_uri: str, as_json: bool, run_config: R
     """
     from kubegraft.local_run import run_locally
 
-    summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri)
+    summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri, if_changed=if_changed)
     if as_json:
         print_json(summary)
+    elif "skipped" in summary:
+        print_facts([("nothing to do", summary["skipped"]), ("report", summary["report"])])
     else:
         _show(summary)
 

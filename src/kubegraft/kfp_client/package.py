@@ -113,6 +113,22 @@ def load_package() -> PipelinePackage:
     return PipelinePackage(_compiled(load_pipeline()))
 
 
+def released_image(*, image: str = "", registry: str = "") -> str:
+    """Return the image of the tasks, as the compiled pipeline names it, or another; see `with_image`.
+
+    Raises:
+        ConfigError: If the image has no tag or digest of its own.
+        EnvironmentFault: If there is no compiled pipeline.
+    """
+    checkout = find_checkout()
+    compiled = (
+        checkout / "pipelines" / "compiled" / "transfer_learning.yaml" if checkout else packaged_pipeline()
+    )
+    package = PipelinePackage(compiled.read_text(encoding="utf-8")).with_image(image=image, registry=registry)
+    match = _IMAGE_LINE.search(package.text)
+    return match[2] if match else image
+
+
 def _compiled(pipeline: Callable[..., Any]) -> str:
     from kfp import compiler
 

@@ -1,0 +1,223 @@
+"""`kubegraft render`: manifests for a cluster without Kubeflow."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kubegraft.cli.group import DebugOption
+from kubegraft.cli.options import Command, SectionedCommand, config_options, input_argument
+from kubegraft.cli.placement import cluster_option_group, placement_options
+from kubegraft.run_config import STAGES, RunConfig
+
+if TYPE_CHECKING:
+    from kubegraft.kfp_client.placement import Placement
+    from kubegraft.rendering.pods import Accelerators, Manifest, Setting
+
+_SOURCE = input_argument(
+    "source",
+    "URI, or absolute path in the pod, such as /work/photos. Without it the config file's, or sample://digits.",
+    required=False,
+    metavar="[DATA]",
+)
+_OUTPUT = click.option("--output", "-o", metavar="FILE", help="File to write; without it stdout.")
+
+_setting_options = cluster_option_group(
+    ("--name", {"default": "kubegraft", "help": "Name of what is rendered.  [default: kubegraft]"}),
+    ("--namespace", {"default": "", "help": "Namespace; without it kubectl's."}),
+    (
+        "--claim",
+        {"default": "kubegraft-work", "help": "Claim of the volume; '' for none.  [default: kubegraft-work]"},
+    ),
+    ("--pod-service-account", {"default": "", "metavar": "NAME", "help": "Service account of the pods."}),
+    ("--cpu", {"default": "", "metavar": "QUANTITY", "help": "CPU limit.  [default: 4; serving 2]"}),
+    (
+        "--memory",
+        {"default": "", "metavar": "QUANTITY", "help": "Memory limit.  [default: 8Gi; serving 2Gi]"},
+    ),
+)
+_image_options = cluster_option_group(
+    (
+        "--image",
+        {
+            "default": "",
+            "envvar": "KUBEGRAFT_TRAIN_IMAGE",
+            "help": "Image of the task, with a tag that never moves.",
+        },
+    ),
+    (
+        "--registry",
+        {
+            "default": "",
+            "envvar": "KUBEGRAFT_REGISTRY",
+            "help": "Registry of the released image, where yours has a copy.",
+        },
+    ),
+    (
+        "--publish",
+        {
+            "default": "",
+            "metavar": "URI",
+            "help": "Folder in a bucket for the results; with it, --claim '' does without a volume.",
+        },
+    ),
+    (
+        "--secret",
+        {
+            "default": "",
+            "help": "Secret whose keys become variables: credentials of a bucket with the images.",
+        },
+    ),
+)
+
+
+@click.group("render")
+@DebugOption.decorate
+def render() -> None:
+    """Write manifests for a cluster without Kubeflow.
+
+    They use the namespace, account, volume claim and network policies that an overlay of manifests/ makes.
+    """
+
+
+def _with_setting(function: Command) -> Command:
+    """Add the options of a task's pod, received as `setting` and `accelerators`."""
+
+    @functools.wraps(function)
+    def described(
+        *,
+        name: str,
+        namespace: str,
+        claim: str,
+        pod_service_account: str,
+        cpu: str,
+        memory: str,
+        image: str,
+        registry: str,
+        secret: str,
+        publish: str,
+        placement: Placement,
+        **arguments: Any,
+    ) -> Any:
+        from kubegraft.kfp_client.package import released_image
+        from kubegraft.rendering.pods import Accelerators, Setting
+
+        setting = Setting(
+            name=name,
+            namespace=namespace,
+            claim=claim,
+            image=released_image(image=image, registry="" if image else registry),
+            service_account=pod_service_account or "kubegraft-task",
+            cpu=cpu or "4",
+            memory=memory or "8Gi",
+            secret=secret,
+            publish_uri=publish,
+        )
+        accelerators = Accelerators(
+            resource=placement.accelerator_type,
+            count=placement.accelerator_count,
+            node_selector=placement.node_selector,
+            tolerations=placement.tolerations,
+        )
+        return function(setting=setting, accelerators=accelerators, **arguments)
+
+    return _setting_options(_image_options(placement_options(described)))
+
+
+@render.command("job", cls=SectionedCommand)
+@_SOURCE
+@_OUTPUT
+@_with_setting
+@config_options(STAGES, flat=True)
+@DebugOption.decorate
+def job(setting: Setting, accelerators: Accelerators, run_config: RunConfig, output: str | None) -> None:
+    """A Job that runs the whole pipeline in one pod.
+
+    The config file and flags are those of `kubegraft run`; they travel in a ConfigMap. Results stay on the volume, in a
+    directory with the job's name, and a pod that is lost is followed by one that continues.
+    """
+    from kubegraft.rendering.jobs import render_job
+
+    _write(render_job(run_config, setting, accelerators), output)
+
+
+@render.command("cronjob", cls=SectionedCommand)
+@_SOURCE
+@_OUTPUT
+@click.option("--cron", required=True, metavar="'M H D M W'", help="Five fields, as Kubernetes has them.")
+@click.option("--time-zone", default="Etc/UTC", help="Time zone of --cron.  [default: Etc/UTC]")
+@_with_setting
+@config_options(STAGES, flat=True)
+@DebugOption.decorate
+def cronjob(
+    setting: Setting,
+    accelerators: Accelerators,
+    run_config: RunConfig,
+    output: str | None,
+    cron: str,
+    time_zone: str,
+) -> None:
+    """A CronJob that retrains when the images have changed.
+
+    A tick whose images have the digest of the run before ends at once, green, and its log says why.
+    """
+    from kubegraft.rendering.jobs import render_cron_job
+
+    _write(render_cron_job(run_config, setting, accelerators, cron=cron, time_zone=time_zone), output)
+
+
+@render.command("serving", cls=SectionedCommand)
+@click.option("--run", "run_name", default="kubegraft", help="Name of the job whose model is served.")
+@click.option(
+    "--server",
+    type=click.Choice(("tf-serving", "kserve")),
+    default="tf-serving",
+    help="A Deployment and a Service, or KServe's InferenceService.  [default: tf-serving]",
+)
+@click.option("--image", default="", help="Image of TensorFlow Serving.")
+@_OUTPUT
+@_setting_options
+@DebugOption.decorate
+def serving(
+    run_name: str,
+    server: str,
+    image: str,
+    output: str | None,
+    name: str,
+    namespace: str,
+    claim: str,
+    pod_service_account: str,
+    cpu: str,
+    memory: str,
+) -> None:
+    """A server that answers about raw image bytes with the exported model."""
+    from kubegraft.kfp_client.package import check_image
+    from kubegraft.rendering.pods import Setting
+    from kubegraft.rendering.serving import SERVING_IMAGE, render_serving
+
+    if image:
+        check_image(image)
+    setting = Setting(
+        name=name,
+        namespace=namespace,
+        claim=claim,
+        image=image or SERVING_IMAGE,
+        service_account=pod_service_account or "kubegraft-serving",
+        cpu=cpu or "2",
+        memory=memory or "2Gi",
+    )
+    _write(render_serving(setting, server, run_name), output)
+
+
+def _write(manifests: list[Manifest], output: str | None) -> None:
+    from kubegraft.rendering.documents import to_documents
+
+    text = to_documents(manifests)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        Path(output).write_text(text, encoding="utf-8")
+        click.echo(output)

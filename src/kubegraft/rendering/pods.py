@@ -1,0 +1,136 @@
+"""What every rendered pod has: nothing that Pod Security `restricted` would refuse, bounds, and its volumes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kubegraft.errors import ConfigError
+
+Manifest = dict[str, Any]
+
+USER: Final = 65532  # the numeric non-root user of the image
+_NAME: Final = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+_QUANTITY: Final = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Where rendered objects go, and what exists there already (manifests/base makes it).
+
+    Attributes:
+        name: Name of what is rendered, also the directory on the volume.
+        namespace: Namespace; "" leaves it to kubectl.
+        image: Image of the container.
+        claim: PersistentVolumeClaim of the work directory; "" for the pod's own disk, where `publish_uri` is given.
+        publish_uri: Folder in a bucket that the results are published to; "" for none.
+        service_account: Account of the pods.
+        cpu: CPU limit; a quarter of it is requested.
+        memory: Memory limit; half of it is requested.
+        secret: Secret whose keys become environment variables, for credentials of a bucket; "" for none.
+    """
+
+    name: str
+    namespace: str = ""
+    image: str
+    claim: str = "kubegraft-work"
+    publish_uri: str = ""
+    service_account: str = "kubegraft-task"
+    cpu: str = "4"
+    memory: str = "8Gi"
+    secret: str = ""
+
+    def __post_init__(self) -> None:
+        """Check what Kubernetes would refuse.
+
+        Raises:
+            ConfigError: If a name or an amount has a form that Kubernetes does not take.
+        """
+        if not (self.claim or self.publish_uri):
+            raise ConfigError(
+                "`claim` or `publish` must say where results stay. Received: neither, and a pod's own disk goes "
+                "with the pod. Give --claim NAME, or --publish gs://bucket/folder."
+            )
+        for name in ("name", "claim", "service_account"):
+            if (name != "claim" or self.claim) and not _NAME.fullmatch(getattr(self, name)):
+                raise ConfigError(
+                    f"`{name}` must be at most 40 lower-case letters, digits and dashes, and begin with a letter. "
+                    f"Received: {name}={getattr(self, name)!r}."
+                )
+        for name in ("cpu", "memory"):
+            if not _QUANTITY.fullmatch(getattr(self, name)):
+                raise ConfigError(
+                    f"`{name}` must be a Kubernetes quantity. Received: {name}={getattr(self, name)!r}. "
+                    "For example 4 or 500m of CPU, 8Gi of memory."
+                )
+
+    def metadata(self, component: str, name: str = "") -> Manifest:
+        """Return the metadata of an object; `component` is `task` or `serving`."""
+        found: Manifest = {"name": name or self.name}
+        if self.namespace:
+            found["namespace"] = self.namespace
+        return {**found, "labels": labels(component, self.name)}
+
+
+def labels(component: str, name: str) -> Manifest:
+    """Return the labels by which the network policies and selectors of manifests/ find pods."""
+    return {
+        "app.kubernetes.io/name": "kubegraft",
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/part-of": "kubegraft",
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerators:
+    """What a training pod asks its node for.
+
+    Attributes:
+        resource: Kubernetes resource name.
+        count: How many; 0 for none.
+        node_selector: Labels of the node.
+        tolerations: Taints of the node.
+    """
+
+    resource: str = "nvidia.com/gpu"
+    count: int = 0
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, str], ...] = ()
+
+
+def pod_security() -> Manifest:
+    """Return a pod's security context."""
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def container_security() -> Manifest:
+    """Return a container's security context."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def scaled(quantity: str, fraction: float) -> str:
+    """Return a fraction of a Kubernetes quantity, in whole thousandths of CPU or whole Mi of memory."""
+    match = re.fullmatch(r"([\d.]+)([A-Za-z]*)", quantity)
+    number, unit = (float(match[1]), match[2]) if match else (1.0, "")
+    if unit in ("", "m"):
+        thousandths = number * fraction * (1 if unit else 1000)
+        return f"{thousandths:.0f}m" if thousandths % 1000 else f"{thousandths / 1000:.0f}"
+    smaller = {"Ti": ("Gi", 1024), "Gi": ("Mi", 1024), "T": ("G", 1000), "G": ("M", 1000)}
+    if (number * fraction) % 1 and unit in smaller:
+        unit, factor = smaller[unit]
+        number *= factor
+    return f"{max(number * fraction, 1):.0f}{unit}"
