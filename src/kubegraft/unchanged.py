@@ -100,7 +100,7 @@ def _digest_now(run_config: RunConfig, output_dir: Path) -> str:
     check_dir.mkdir(parents=True)
     config_path = check_dir / "run.yaml"
     config_path.write_text(to_yaml(run_config, ["ingest"]), encoding="utf-8")
-    command = [sys.executable, "-m", "kubegraft", "ingest", "--json", "--config", str(config_path)]
+    command = [sys.executable, "-P", "-m", "kubegraft", "ingest", "--json", "--config", str(config_path)]
     command += ["--output", str(check_dir / "dataset")]
     try:
         with stopping_children() as stop:

@@ -2,8 +2,10 @@ import json
 import shutil
 
 import pytest
+from click.testing import CliRunner
 
 from kubegraft import __version__, unchanged
+from kubegraft.cli import main
 from kubegraft.config_file import to_values
 from kubegraft.run_config import from_parameters
 from kubegraft.unchanged import unchanged_summary
@@ -92,3 +94,16 @@ def test_an_earlier_run_is_found_where_it_was_published(finished, tmp_path, monk
     (tmp_path / "published" / "run.json").write_text(json.dumps(summary | {"published": uri}))
     assert unchanged_summary(config, output_dir, uri)["skipped"]
     assert unchanged_summary(config, output_dir) is None
+
+
+def test_a_run_that_would_repeat_the_one_before_ends_green_with_the_reason(finished, monkeypatch):
+    config, output_dir = finished("d" * 64, report="report.html")
+    (output_dir / ".kubegraft-run").touch()
+    monkeypatch.setattr(unchanged, "_digest_now", lambda *_: "d" * 64)
+    before = (output_dir / "run.json").read_bytes()
+    command = ["run", config.ingest.source, "--output", str(output_dir), "--if-changed"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
+    assert "nothing to do  the images have the digest" in result.stdout
+    assert (output_dir / "run.json").read_bytes() == before
+    assert not (output_dir / "kfp").exists()
