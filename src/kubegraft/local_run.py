@@ -10,6 +10,7 @@ import contextlib
 import copy
 import fcntl
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -209,6 +210,7 @@ def find_checkout() -> Path | None:
 def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, *, fresh: bool) -> Path:
     from kfp import local
 
+    _hide_folder_named_docker()
     pipeline_root, work_dir = output_dir / "kfp", output_dir / "work"
     for directory in (pipeline_root, work_dir):
         directory.mkdir(exist_ok=True)
@@ -229,6 +231,13 @@ def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, 
         except RuntimeError as error:
             raise _failure(log, work_dir, stop, error) from error
     return find_run_dir(pipeline_root, before)
+
+
+def _hide_folder_named_docker() -> None:
+    """Keep kfp from taking a folder `docker/` on the path, such as this checkout's, for the package it looks for."""
+    spec = importlib.util.find_spec("docker") if "docker" not in sys.modules else None
+    if spec is not None and spec.origin is None:
+        sys.modules["docker"] = None  # type: ignore[assignment]  # importing it then says that it is not there
 
 
 @contextlib.contextmanager
