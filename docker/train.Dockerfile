@@ -10,7 +10,8 @@ ARG PYTHON_IMAGE=python:3.13-slim-trixie
 FROM ${PYTHON_IMAGE} AS build
 # The time that every file gets; with it, equal inputs make equal files.
 ARG SOURCE_DATE_EPOCH=1767225600
-ENV SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# A fixed hash seed: the order of constant sets is written into bytecode.
+ENV SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH} PYTHONHASHSEED=0 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 COPY docker/requirements-build.txt /build/
 RUN python3 -m venv /opt/build \
  && /opt/build/bin/python -m pip install --no-compile --require-hashes --only-binary=:all: -r /build/requirements-build.txt \
