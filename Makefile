@@ -7,6 +7,7 @@ BACKBONE ?=
 CONFIG ?=
 OUTPUT ?= output
 ARGS ?=
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -31,7 +32,7 @@ run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name]
 	  $(if $(CONFIG),--config "$(CONFIG)") --output "$(OUTPUT)" $(ARGS)
 
 test: $(READY)  ## run all tests that need no network, Docker or GPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY)  ## check style, types and who imports whom
 	@$(BIN)/ruff check .

@@ -26,13 +26,13 @@ def stage(mode: str, result: dsl.Output[dsl.Model]):
     import pathlib
     import time
 
+    from kubegraft import processes
     from kubegraft.errors import DataError, Interrupted
-    from kubegraft.processes import catch_stop_signals, end_with_run, exit_on_error, stop_requested
     from kubegraft.reporting.events import log_event
 
-    with exit_on_error("stage"):
-        catch_stop_signals()
-        end_with_run()
+    with processes.exit_on_error("stage"), processes.stopping_gracefully():
+        processes.catch_stop_signals()
+        processes.end_with_run()
         log_event("stage", "started", pid=os.getpid())
         print("noise")  # noqa: T201
         if mode == "error":
@@ -41,7 +41,7 @@ def stage(mode: str, result: dsl.Output[dsl.Model]):
             raise ValueError("boom")
         while mode == "wait":
             time.sleep(0.05)
-            if stop_requested():
+            if processes.stop_requested():
                 log_event("stage", "saved")
                 raise Interrupted("stopped")
         while mode == "stubborn":

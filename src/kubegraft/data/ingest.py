@@ -40,7 +40,7 @@ from kubegraft.data.shards import SplitWriter, shard_numbers
 from kubegraft.data.sources import open_source
 from kubegraft.data.splitting import AcceptedImage, assign_splits, require_usable, split_warnings
 from kubegraft.errors import DataError, Interrupted
-from kubegraft.processes import stop_requested
+from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import Outcome, StageResult, Workspace, run_stage
@@ -110,7 +110,8 @@ def _ingest(workspace: Workspace, config: IngestConfig) -> Outcome:
 
 def _inspected(layout: Layout, log_path: Path) -> _Sorted:
     accepted, quarantined = [], []
-    with InspectionLog(log_path) as log, Progress(STAGE, len(layout.files), "files") as progress:
+    progress = Progress(STAGE, len(layout.files), "files")
+    with stopping_gracefully(), InspectionLog(log_path) as log, progress:
         for file, verdict in inspect_files(layout.files, log):
             if verdict.reason:
                 quarantined.append(
