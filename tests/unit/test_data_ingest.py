@@ -321,3 +321,10 @@ def test_a_truncated_file_of_any_format_is_no_image(tmp_path):
             verdict = inspect_file(str(tmp_path / "file"))
             assert verdict.reason in ("truncated", "undecodable"), (format_, end, verdict)
             assert verdict.reason in REASONS
+
+
+def test_an_output_inside_of_the_images_is_refused_and_leaves_nothing(tmp_path):
+    source = draw(tmp_path / "photos")
+    with pytest.raises(ConfigError, match="outside of the images"):
+        run(source / "dataset", source)
+    assert sorted(path.name for path in source.iterdir()) == ["cat", "dog"]
