@@ -258,3 +258,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(WeightsError, match="must be a PyTorch file of tensors only"):
         read_tensors(tmp_path / "short.pth")
+
+
+@pytest.mark.parametrize("config", ["{not json", "[" * 100_000], ids=["damaged", "deep"])
+def test_a_keras_file_with_a_damaged_description_is_a_clear_error(tmp_path: Path, config: str) -> None:
+    path = tmp_path / "damaged.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", config)
+        archive.writestr("model.weights.h5", b"")
+    with pytest.raises(WeightsError, match="must be a Keras weights file"):
+        SMALL.build(SIZE, str(path))
+
+
+def test_a_weights_file_with_odd_names_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "odd.weights.h5"
+    with h5py.File(path, "w") as file:
+        file["layers/x/vars/abc"] = 1
+    with pytest.raises(WeightsError, match="must be a Keras weights file"):
+        SMALL.build(SIZE, str(path))
