@@ -137,7 +137,7 @@ def _header(encoded: bytes, format_: str) -> tuple[str, int]:
 
 
 def _damaged(encoded: bytes, format_: str, error: Exception) -> Inspection:
-    detail = _short(error)
+    detail = brief(error)
     if type(error).__name__.startswith("DecompressionBomb"):
         return Inspection(reason="too_large", detail=detail)
     ends_early = {
@@ -152,7 +152,7 @@ def _damaged(encoded: bytes, format_: str, error: Exception) -> Inspection:
     return Inspection(reason="undecodable", detail=detail)
 
 
-def _short(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """Return what an error says, without the graph's stack that TensorFlow puts around it."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith(_STACK_LINES)]
