@@ -313,6 +313,20 @@ def test_a_changed_file_is_inspected_again(tmp_path):
         assert log.get(FoundFile("x", "x", "a", None, size=3, modified=6)) is None
 
 
+@pytest.mark.parametrize("torn", [b"\0" * 50 + b"\n", b'{"path": "y"', b'{"path": "y"}\n', b"1\n"])
+def test_a_torn_log_of_inspections_is_kept_up_to_the_tear(tmp_path, torn):
+    files = [FoundFile(name, name, "a", None) for name in ("x", "y", "z")]
+    with InspectionLog(tmp_path / "log") as log:
+        log.add(files[0], Inspection(sha256="1"))
+    whole = (tmp_path / "log").read_bytes()
+    (tmp_path / "log").write_bytes(whole + torn)
+    with InspectionLog(tmp_path / "log") as log:
+        assert [log.get(file) for file in files] == [Inspection(sha256="1"), None, None]
+        log.add(files[1], Inspection(sha256="2"))
+    with InspectionLog(tmp_path / "log") as log:
+        assert log.get(files[1]) == Inspection(sha256="2")
+
+
 def test_a_truncated_file_of_any_format_is_no_image(tmp_path):
     for format_ in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"):
         data = encoded(picture(1, (60, 60)), format_)
