@@ -283,7 +283,7 @@ def test_a_killed_ingest_continues_to_the_same_result(tmp_path):
         "inspection.inspect_file = lambda location: (time.sleep(0.005), inspect(location))[1];"
         "ingest(sys.argv[1], IngestConfig(source=sys.argv[2]))"
     )
-    log = tmp_path / "dataset.work" / "scratch" / "inspected.jsonl"
+    log = tmp_path / ".dataset.kubegraft-work" / "scratch" / "inspected.jsonl"
     process = subprocess.Popen([sys.executable, "-c", code, output, root], stderr=subprocess.DEVNULL)
     while not (log.exists() and log.stat().st_size > 10_000):
         time.sleep(0.02)
@@ -301,7 +301,7 @@ def test_a_killed_ingest_continues_to_the_same_result(tmp_path):
         inspection.inspect_file = original
     assert len(inspected) == 500 - kept
     assert manifest.digest == run(tmp_path / "uninterrupted", root).digest
-    assert not (tmp_path / "dataset.work").exists()
+    assert not (tmp_path / ".dataset.kubegraft-work").exists()
 
 
 def test_a_changed_file_is_inspected_again(tmp_path):

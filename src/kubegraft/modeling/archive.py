@@ -43,6 +43,8 @@ def require_safe(path: Path) -> None:
                 "Write it with model.save('x.keras')."
             )
         config = json.loads(archive.read(_CONFIG_MEMBER))
+    if isinstance(config, dict):
+        config.pop("compile_config", None)  # never read, so that it may name anything
     for name, module in _objects(config):
         if not _is_harmless(name, module):
             raise WeightsError(
@@ -59,13 +61,12 @@ def _is_harmless(name: str, module: str | None) -> bool:
 
 
 def _objects(config: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield (class name, module) of everything that a description would make; how it was compiled is never read."""
+    """Yield (class name, module) of everything that a description would make."""
     if isinstance(config, Mapping):
         if "class_name" in config:
             yield str(config["class_name"]), config.get("module")
-        for key, value in config.items():
-            if key != "compile_config":
-                yield from _objects(value)
+        for value in config.values():
+            yield from _objects(value)
     elif isinstance(config, list):
         for value in config:
             yield from _objects(value)
