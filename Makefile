@@ -7,6 +7,7 @@ BACKBONE ?=
 CONFIG ?=
 OUTPUT ?= output
 ARGS ?=
+JOBS ?= 2
 READY := $(VENV)/.ready
 REGISTRY ?= $(or $(KUBEGRAFT_REGISTRY),ghcr.io/kubegraft)
 TAG ?= $(shell $(PYTHON) docker/tag)
@@ -37,7 +38,7 @@ run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name]
 	  $(if $(CONFIG),--config "$(CONFIG)") --output "$(OUTPUT)" $(ARGS)
 
 test: $(READY)  ## run all tests that need no network, Docker or GPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-manifests: $(READY) $(CHECKOV)/.ready  ## check manifests/ with kustomize, schemas and checkov
 	@KUBEGRAFT_REQUIRE=kustomize,checkov PATH="$(abspath $(CHECKOV))/bin:$$PATH" $(BIN)/python -m pytest tests/manifests $(ARGS)

@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.registry or options.image:
         return _with_image(options)
-    return check(options.output_dir) if options.check else compile_all(options.output_dir)
+    if options.check:
+        return check(options.output_dir)
+    for path in compile_all(options.output_dir):
+        print(path)
+    return 0
 
 
 def _image(name: str) -> str:
@@ -58,20 +62,21 @@ def _with_image(options: argparse.Namespace) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def compile_all(output_dir: Path) -> int:
-    """Write every pipeline to `output_dir` and print the files' paths."""
+def compile_all(output_dir: Path) -> list[Path]:
+    """Write every pipeline to `output_dir` and return the files' paths."""
     from kfp import compiler
 
     from pipelines._registry import PIPELINES
 
     output_dir.mkdir(parents=True, exist_ok=True)
+    paths = []
     for name, pipeline in PIPELINES.items():
         path = output_dir / f"{name}.yaml"
         aside = output_dir / f"{name}.partial.yaml"
         compiler.Compiler().compile(pipeline, str(aside))
         aside.replace(path)
-        print(path)
-    return 0
+        paths.append(path)
+    return paths
 
 
 def check(committed_dir: Path) -> int:

@@ -50,6 +50,8 @@ def write_model(directory: Path, dataset_dir: Path, *, skill: float, **facts: ob
         "stage": "fine_tune",
         "classes": list(manifest.classes),
         "backbone": options.backbone,
+        "weights": options.weights,
+        "weights_digest": options.weights,
         "input_size": INPUT_SIZE,
         "model_digest": model_digest(model),
         "choices": [{"name": "num_blocks", "value": 3, "reason": "few <images>"}],

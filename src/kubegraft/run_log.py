@@ -11,6 +11,8 @@ from typing import Final, Self
 
 # What `log_event` prints, in either of its forms; kfp's own lines carry milliseconds and no stage.
 _EVENT: Final = re.compile(r'\d\d:\d\d:\d\d [a-z_]+: |\{"time": ')
+_USER: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"']+@")
+_QUERY: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s\"'?]+)\?[^\s\"']+")
 _TASK_STARTS: Final = "Executing task"
 _TAIL_LINES: Final = 60
 
@@ -31,11 +33,12 @@ class RunLog(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write text; whole lines that are a stage's events are also shown on stderr."""
+        length, text = len(text), without_credentials(text)
         self._file.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             self._take(line.strip() if _EVENT.match(line.strip()) else line)
-        return len(text)
+        return length
 
     def flush(self) -> None:
         """Write out what is buffered."""
@@ -49,6 +52,11 @@ class RunLog(io.TextIOBase):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; Python 3.13 reports a stream that can't be flushed when it is collected."""
+        super().close()  # flushes
         self._file.close()
 
     def tail(self) -> str:
@@ -62,6 +70,11 @@ class RunLog(io.TextIOBase):
             self._task_lines.clear()
             self._file.flush()
         self._task_lines.append(line)
+
+
+def without_credentials(text: str) -> str:
+    """Return text whose URIs have lost their user names, passwords and queries; kfp repeats its arguments."""
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
 
 
 def without_executor_echo(tail: str) -> str:

@@ -116,7 +116,11 @@ def summarise(
         seconds: How long the run took.
     """
     fine_tuned, evaluated = results["fine_tune"].metrics, results["evaluate"].metrics
-    public = {**config, "ingest": {**config["ingest"], "source": public_uri(config["ingest"]["source"])}}
+    public = {
+        **config,
+        "ingest": {**config["ingest"], "source": public_uri(config["ingest"]["source"])},
+        "head": {**config["head"], "weights": public_uri(config["head"]["weights"])},
+    }
     return {
         "kubegraft": __version__,
         "output": output,

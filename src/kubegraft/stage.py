@@ -6,7 +6,7 @@ at any moment and called again finds its own checkpoints and nobody else's, a st
 run again, and nothing is ever half-published.
 
 The work directory is `$KUBEGRAFT_WORK_DIR/<stage>-<key>` where that variable is set (a volume that survives
-the process), else `<output_dir>.work`, which is removed at the end.
+the process), else a hidden directory beside the output, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run_stage(
     """
     catch_stop_signals()
     end_with_run()
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).resolve()  # "." has no name
     reusable = reusable and not os.environ.get(FRESH_VARIABLE)
     key = _key(stage, inputs, config)
     earlier = _published(output_dir, key)
@@ -118,17 +118,19 @@ def run_stage(
         return earlier
     if not earlier:
         _require_free(output_dir, stage)
-    work_dir, shared = _work_dir(stage, output_dir, key)
+    shared = os.environ.get(WORK_DIR_VARIABLE)
+    work_dir = Path(shared) / f"{stage}-{key[:20]}" if shared else _beside(output_dir, "work")
     with _locked(work_dir, stage):
         if (earlier := _published(output_dir, key)) and reusable:  # written while this call waited
             return earlier
+        _forget_other_calls(work_dir, key)
         finished = work_dir / "output"
         reused = reusable and (finished / RESULT_FILE).exists()
         if reused:
             log_event(stage, "reused", work_dir=str(work_dir))
         else:
             _run_body(stage, key, work_dir, finished, body)
-        _publish(finished, output_dir, keep=shared)
+        _publish(finished, output_dir, keep=bool(shared))
         if not shared:
             shutil.rmtree(work_dir)
     return dataclasses.replace(read_result(output_dir), reused=reused)
@@ -150,7 +152,7 @@ def read_result(directory: str | os.PathLike[str]) -> StageResult:
             metrics=values["metrics"],
             provenance=values["provenance"],
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"`{directory}` must be the output directory of a kubegraft stage, with a readable {RESULT_FILE}. "
             f"Received: {type(error).__name__}: {error}. Give the directory that the stage before wrote."
@@ -182,8 +184,11 @@ def _key(stage: str, inputs: Mapping[str, str], config: Any) -> str:
 
 
 def _published(output_dir: Path, key: str) -> StageResult | None:
-    path = output_dir / RESULT_FILE
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("key") != key:
+    try:
+        values = json.loads((output_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        if values["key"] != key:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):  # nothing, or something that is not ours
         return None
     return dataclasses.replace(read_result(output_dir), reused=True)
 
@@ -197,15 +202,16 @@ def _require_free(output_dir: Path, stage: str) -> None:
         )
 
 
-def _work_dir(stage: str, output_dir: Path, key: str) -> tuple[Path, bool]:
-    shared = os.environ.get(WORK_DIR_VARIABLE)
-    if shared:
-        return Path(shared) / f"{stage}-{key[:20]}", True
-    work_dir = output_dir.with_name(output_dir.name + ".work")
+def _beside(output_dir: Path, purpose: str) -> Path:
+    """Return a hidden path beside the output that nobody else would use."""
+    return output_dir.with_name(f".{output_dir.name}.kubegraft-{purpose}")
+
+
+def _forget_other_calls(work_dir: Path, key: str) -> None:
+    """Remove what a call with other inputs or config left in the work directory of this output."""
     recorded = work_dir / "key"
     if work_dir.exists() and not (recorded.exists() and recorded.read_text() == key):
         shutil.rmtree(work_dir)
-    return work_dir, False
 
 
 @contextlib.contextmanager
@@ -258,7 +264,7 @@ def _run_body(
 def _publish(finished: Path, output_dir: Path, *, keep: bool) -> None:
     """Make `output_dir` hold what is in `finished`, replacing what is there at once."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (output_dir.with_name(output_dir.name + suffix) for suffix in (".partial", ".old"))
+    aside, old = _beside(output_dir, "new"), _beside(output_dir, "old")
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep:

@@ -110,7 +110,7 @@ def test_a_stage_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     )
     assert found["digest"] == expected["digest"]
     assert found["metrics"] == expected["metrics"]
-    assert not list(tmp_path.glob("*.work*")), "work directories are left behind"
+    assert not list(tmp_path.glob(".*.kubegraft-*")), "work directories are left behind"
 
 
 def kill_after(seconds: float, arguments: list) -> None:

@@ -216,3 +216,11 @@ def test_a_missing_package_says_how_to_install_it(failing, module, extra):
 def test_other_missing_modules_are_not_hidden(failing):
     failing(ModuleNotFoundError("No module named 'kubegraft.x'", name="kubegraft.x"))
     assert isinstance(call("doctor").exception, ModuleNotFoundError)
+
+
+def test_what_the_system_refuses_is_a_message_and_exit_code_8(failing):
+    failing(OSError(28, "No space left on device", "dataset/train.tfrecord"))
+    done = call("doctor")
+    assert done.exit_code == 8
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr

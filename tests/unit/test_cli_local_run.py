@@ -26,13 +26,13 @@ def stage(mode: str, result: dsl.Output[dsl.Model]):
     import pathlib
     import time
 
+    from kubegraft import processes
     from kubegraft.errors import DataError, Interrupted
-    from kubegraft.processes import catch_stop_signals, end_with_run, exit_on_error, stop_requested
     from kubegraft.reporting.events import log_event
 
-    with exit_on_error("stage"):
-        catch_stop_signals()
-        end_with_run()
+    with processes.exit_on_error("stage"), processes.stopping_gracefully():
+        processes.catch_stop_signals()
+        processes.end_with_run()
         log_event("stage", "started", pid=os.getpid())
         print("noise")  # noqa: T201
         if mode == "error":
@@ -41,7 +41,7 @@ def stage(mode: str, result: dsl.Output[dsl.Model]):
             raise ValueError("boom")
         while mode == "wait":
             time.sleep(0.05)
-            if stop_requested():
+            if processes.stop_requested():
                 log_event("stage", "saved")
                 raise Interrupted("stopped")
         while mode == "stubborn":
@@ -325,7 +325,8 @@ def test_the_summary_has_no_credentials_and_paths_as_given():
         name: StageResult(stage=name, output_dir=Path(), digest=name, metrics=metrics, provenance={})
         for name in run_results.ARTIFACTS
     }
-    config = {"ingest": {"source": "https://me:secret@example.org/a.zip?token=secret"}}
+    secret_uri = "https://me:secret@example.org/a.zip?token=secret"
+    config = {"ingest": {"source": secret_uri}, "head": {"weights": secret_uri}}
     summary = run_results.summarise("./out", results, config, 12.34)
     assert "secret" not in json.dumps(summary)
     assert summary["model"] == "./out/model"
@@ -353,3 +354,13 @@ def test_executors_echo_is_left_out():
 
 def test_interrupted_is_retryable():
     assert Interrupted.retryable
+
+
+def test_the_log_shows_no_credentials(tmp_path):
+    with RunLog(tmp_path / "run.log") as log:
+        print("source: 'https://user:hunter2@host/x.zip?sig=SECRET', gs://bucket/plain", file=log)
+    text = (tmp_path / "run.log").read_text()
+    assert "hunter2" not in text
+    assert "SECRET" not in text
+    assert "https://***@host/x.zip?***" in text
+    assert "gs://bucket/plain" in text

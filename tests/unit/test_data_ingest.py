@@ -283,7 +283,7 @@ def test_a_killed_ingest_continues_to_the_same_result(tmp_path):
         "inspection.inspect_file = lambda location: (time.sleep(0.005), inspect(location))[1];"
         "ingest(sys.argv[1], IngestConfig(source=sys.argv[2]))"
     )
-    log = tmp_path / "dataset.work" / "scratch" / "inspected.jsonl"
+    log = tmp_path / ".dataset.kubegraft-work" / "scratch" / "inspected.jsonl"
     process = subprocess.Popen([sys.executable, "-c", code, output, root], stderr=subprocess.DEVNULL)
     while not (log.exists() and log.stat().st_size > 10_000):
         time.sleep(0.02)
@@ -301,7 +301,7 @@ def test_a_killed_ingest_continues_to_the_same_result(tmp_path):
         inspection.inspect_file = original
     assert len(inspected) == 500 - kept
     assert manifest.digest == run(tmp_path / "uninterrupted", root).digest
-    assert not (tmp_path / "dataset.work").exists()
+    assert not (tmp_path / ".dataset.kubegraft-work").exists()
 
 
 def test_a_changed_file_is_inspected_again(tmp_path):
@@ -313,6 +313,20 @@ def test_a_changed_file_is_inspected_again(tmp_path):
         assert log.get(FoundFile("x", "x", "a", None, size=3, modified=6)) is None
 
 
+@pytest.mark.parametrize("torn", [b"\0" * 50 + b"\n", b'{"path": "y"', b'{"path": "y"}\n', b"1\n"])
+def test_a_torn_log_of_inspections_is_kept_up_to_the_tear(tmp_path, torn):
+    files = [FoundFile(name, name, "a", None) for name in ("x", "y", "z")]
+    with InspectionLog(tmp_path / "log") as log:
+        log.add(files[0], Inspection(sha256="1"))
+    whole = (tmp_path / "log").read_bytes()
+    (tmp_path / "log").write_bytes(whole + torn)
+    with InspectionLog(tmp_path / "log") as log:
+        assert [log.get(file) for file in files] == [Inspection(sha256="1"), None, None]
+        log.add(files[1], Inspection(sha256="2"))
+    with InspectionLog(tmp_path / "log") as log:
+        assert log.get(files[1]) == Inspection(sha256="2")
+
+
 def test_a_truncated_file_of_any_format_is_no_image(tmp_path):
     for format_ in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"):
         data = encoded(picture(1, (60, 60)), format_)
@@ -321,3 +335,10 @@ def test_a_truncated_file_of_any_format_is_no_image(tmp_path):
             verdict = inspect_file(str(tmp_path / "file"))
             assert verdict.reason in ("truncated", "undecodable"), (format_, end, verdict)
             assert verdict.reason in REASONS
+
+
+def test_an_output_inside_of_the_images_is_refused_and_leaves_nothing(tmp_path):
+    source = draw(tmp_path / "photos")
+    with pytest.raises(ConfigError, match="outside of the images"):
+        run(source / "dataset", source)
+    assert sorted(path.name for path in source.iterdir()) == ["cat", "dog"]

@@ -147,3 +147,18 @@ def test_names_of_any_bytes_are_shown_as_utf8(tmp_path):
 def test_an_umlaut_is_one_class_however_it_is_spelled(tmp_path):
     root = make(tmp_path, "train/M\u00fcll/1", "train/b/2", "validation/Mu\u0308ll/3")
     assert read_layout(root).classes == ("M\u00fcll", "b")
+
+
+def test_a_link_that_leads_above_the_root_is_not_followed(tmp_path):
+    root = make(tmp_path / "photos", "a/1", "b/2").absolute()
+    make(tmp_path, "beside/3")
+    (root / "a" / "above").symlink_to("../..")
+    (root / "up").symlink_to("..")
+    layout = read_layout(root)
+    assert layout.classes == ("a", "b")
+    assert {file.path: file.reason for file in layout.files} == {
+        "a/1": "",
+        "a/above": "symlink_loop",
+        "b/2": "",
+        "up": "symlink_loop",
+    }

@@ -12,15 +12,25 @@ import pytest
 from kubegraft.config import HeadConfig
 from kubegraft.errors import ConfigError
 from kubegraft.modeling.backbones import BACKBONES, Backbone, block_of_layer
-from kubegraft.modeling.classifier import build_classifier, load_classifier, model_digest, parts, save_classifier
+from kubegraft.modeling.classifier import (
+    build_classifier,
+    load_classifier,
+    model_digest,
+    parts,
+    save_classifier,
+)
 from kubegraft.modeling.freezing import freeze_backbone, rate_multipliers, training_plan, unfreeze_last_blocks
-
-# numpy 2.4 about TensorFlow 2.21's tensors, as Keras reads them.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 CLASSES = ("ant", "bee", "cat")
 # Every kind of thing that a description of a model may hold: operations, nested models, classes of one architecture.
-SAVED = ("vgg16", "inception_resnet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "efficientnet_lite0")
+SAVED = (
+    "vgg16",
+    "inception_resnet_v2",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "efficientnet_lite0",
+)
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 EXPECTED_PREPROCESSING = {

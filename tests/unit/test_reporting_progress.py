@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from kubegraft.reporting import progress
+from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 
 CODE = """
@@ -72,3 +73,8 @@ def test_a_terminal_gets_a_bar_that_leaves_a_clean_line():
     assert "━" in text
     assert "/4 images" in text
     assert text.endswith("\r\x1b[K")
+
+
+def test_an_event_is_one_line_that_can_be_read_whatever_a_file_is_called(capsys):
+    log_event("ingest", "warning", text="größer", path="new\nline", name="a b")
+    assert capsys.readouterr().err.rstrip("\n").endswith(r'text=größer path="new\nline" name="a b"')

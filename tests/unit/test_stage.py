@@ -193,3 +193,29 @@ def test_a_stage_ends_with_the_run_that_started_it(tmp_path):
     stage.communicate(timeout=30)
     assert stage.returncode == 75
     assert time.monotonic() - started < 20
+
+
+def test_what_a_user_keeps_beside_the_output_stays(tmp_path):
+    for name in ("out.work", "out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
+    run(tmp_path / "out", Body(), reusable=False)
+    run(tmp_path / "out", Body(), reusable=False)
+    assert all((tmp_path / name / "precious").exists() for name in ("out.work", "out.old", "out.partial"))
+
+
+def test_the_current_directory_may_be_the_output(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(RuntimeError):
+        run(".", Body(fails=True))
+    run(tmp_path / "out", Body())
+    assert (tmp_path / "out" / "file").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"key": 3}'])
+def test_a_result_file_of_somebody_else_is_not_overwritten(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ConfigError, match="Choose another directory"):
+        run(tmp_path, Body())
+    assert (tmp_path / "result.json").read_text() == content

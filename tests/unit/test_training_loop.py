@@ -179,3 +179,16 @@ def test_two_devices_see_the_losses_of_one(tmp_path):
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"seconds"}:
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
+
+
+def test_a_checkpoint_of_another_batch_size_is_not_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "stop_requested", lambda: True)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "c")
+    monkeypatch.undo()
+    found = loop.load_checkpoint(tmp_path / "c")
+    loop.save_checkpoint(tmp_path / "c", found[0], found[1] | {"batch_size": 999})
+    _, weights = run(tmp_path / "c")
+    _, expected = run(tmp_path / "undisturbed")
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import click
 
-from kubegraft.errors import EnvironmentFault, KubegraftError, suggestion
+from kubegraft.errors import EnvironmentFault, KubegraftError, StorageError, suggestion
 
 _DEBUG_KEY: Final = "kubegraft.debug"
 _INTERRUPTED_EXIT_CODE: Final = 130
@@ -134,6 +134,14 @@ class WorkflowGroup(click.Group):
                 f"`pip install 'kubegraft[{extra}]'` installs it; `kubegraft doctor` says what is missing."
             )
             _fail(ctx, fault, fault.exit_code)
+        except BrokenPipeError:  # whoever read the output has left; click ends quietly
+            raise
+        except OSError as error:
+            refused = StorageError(
+                f"The system refused to read or write. Received: {type(error).__name__}: {error}. Check the path, "
+                "its permissions and the free space; --debug shows where it happened."
+            )
+            _fail(ctx, refused, refused.exit_code)
 
 
 def _fail(ctx: click.Context, error: BaseException, exit_code: int) -> NoReturn:

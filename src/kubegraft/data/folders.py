@@ -51,8 +51,13 @@ def is_system_name(name: str) -> bool:
 
 
 def child_folders(folder: Path, ancestors: tuple[Path, ...] = ()) -> list[Path]:
-    """Return the folders in `folder`, sorted, without system folders and links back to it or `ancestors`."""
-    back = {_identity(above.stat()) for above in (folder, *ancestors)}
+    """Return the folders in `folder`, sorted, without system folders and links to a folder that it lies in.
+
+    Args:
+        folder: Directory to read.
+        ancestors: Folders that lead to it by way of a link, which it need not lie in itself.
+    """
+    back = {identity for above in (folder, *ancestors) for identity in _lineage(above)}
     found = []
     for path in sorted(folder.iterdir()):
         try:
@@ -71,8 +76,8 @@ def walk(root: Path, class_folders: Mapping[Path, tuple[str | None, str]]) -> It
         root: Directory to read.
         class_folders: Folder -> (split, class name) of everything in it.
     """
-    identity = _identity(root.stat())
-    yield from _walk(_Folder(str(root), "", None, None, False, (identity,), {identity}), class_folders)
+    lineage = _lineage(root)  # a link may lead above the root too, and from there to everything beside it
+    yield from _walk(_Folder(str(root), "", None, None, False, lineage, {lineage[0]}), class_folders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,12 @@ def _file(folder: _Folder, location: str, path: str, status: os.stat_result, is_
     return FoundFile(
         location, path, folder.label, folder.split, status.st_size, status.st_mtime_ns, reason, detail
     )
+
+
+def _lineage(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return the identity of a folder and of every folder that it lies in."""
+    resolved = folder.resolve()
+    return tuple(_identity(above.stat()) for above in (resolved, *resolved.parents))
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -39,8 +39,8 @@ from kubegraft.data.manifest import (
 from kubegraft.data.shards import SplitWriter, shard_numbers
 from kubegraft.data.sources import open_source
 from kubegraft.data.splitting import AcceptedImage, assign_splits, require_usable, split_warnings
-from kubegraft.errors import DataError, Interrupted
-from kubegraft.processes import stop_requested
+from kubegraft.errors import ConfigError, DataError, Interrupted
+from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import Outcome, StageResult, Workspace, run_stage
@@ -61,7 +61,7 @@ def ingest(output_dir: str | os.PathLike[str], config: IngestConfig) -> StageRes
         nothing else; its metrics count files and images.
 
     Raises:
-        ConfigError: If the source does not exist.
+        ConfigError: If the source does not exist, or the output lies inside of it.
         DataError: If its folders fit no layout, a class or a split has no image that can be used, or more
             than `config.max_bad_fraction` of the files in class folders are bad.
         StorageError: If it can't be fetched.
@@ -71,10 +71,22 @@ def ingest(output_dir: str | os.PathLike[str], config: IngestConfig) -> StageRes
     def body(workspace: Workspace) -> Outcome:
         return _ingest(workspace, config)
 
+    _require_outside(Path(output_dir), config.source)
     # The bytes behind one source can change, so that a finished output says nothing about the next call.
     return run_stage(
         STAGE, output_dir, inputs={"source": config.source}, config=config, body=body, reusable=False
     )
+
+
+def _require_outside(output_dir: Path, source: str) -> None:
+    if storage.is_remote(source):
+        return
+    folder = storage.local_path(source).resolve()
+    if folder in (output_dir.resolve(), *output_dir.resolve().parents):
+        raise ConfigError(
+            "`output` must be outside of the images, or its own files would be taken for a class. Received: "
+            f"output={str(output_dir)!r}, source={source!r}. Choose another output directory."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,8 @@ def _ingest(workspace: Workspace, config: IngestConfig) -> Outcome:
 
 def _inspected(layout: Layout, log_path: Path) -> _Sorted:
     accepted, quarantined = [], []
-    with InspectionLog(log_path) as log, Progress(STAGE, len(layout.files), "files") as progress:
+    progress = Progress(STAGE, len(layout.files), "files")
+    with stopping_gracefully(), InspectionLog(log_path) as log, progress:
         for file, verdict in inspect_files(layout.files, log):
             if verdict.reason:
                 quarantined.append(

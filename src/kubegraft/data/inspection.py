@@ -137,7 +137,7 @@ def _header(encoded: bytes, format_: str) -> tuple[str, int]:
 
 
 def _damaged(encoded: bytes, format_: str, error: Exception) -> Inspection:
-    detail = _short(error)
+    detail = brief(error)
     if type(error).__name__.startswith("DecompressionBomb"):
         return Inspection(reason="too_large", detail=detail)
     ends_early = {
@@ -152,7 +152,7 @@ def _damaged(encoded: bytes, format_: str, error: Exception) -> Inspection:
     return Inspection(reason="undecodable", detail=detail)
 
 
-def _short(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """Return what an error says, without the graph's stack that TensorFlow puts around it."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith(_STACK_LINES)]
@@ -167,18 +167,27 @@ class InspectionLog:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what `path` holds, and append to it; the last line of a killed process may be torn."""
+        """Read what `path` holds, up to a line that a kill or a power cut has torn, and append to it."""
         self._verdicts: dict[tuple[str, int, int], Inspection] = {}
-        text = path.read_bytes() if path.exists() else b""
-        whole = text.rpartition(b"\n")[0]
-        for line in whole.splitlines():
-            values = json.loads(line)
-            self._verdicts[values["path"], values["size"], values["modified"]] = Inspection(
-                **values["verdict"]
-            )
         self._file = path.open("ab")
-        self._file.truncate(len(whole) + 1 if whole else 0)
+        self._file.truncate(self._read(path))
         self._num_unflushed = 0
+
+    def _read(self, path: Path) -> int:
+        """Take the verdicts, and return how many bytes hold whole lines."""
+        num_bytes = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                values = json.loads(line)
+                identity = values["path"], values["size"], values["modified"]
+                verdict = Inspection(**values["verdict"])
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            self._verdicts[identity] = verdict
+            num_bytes += len(line)
+        return num_bytes
 
     def get(self, file: FoundFile) -> Inspection | None:
         """Return the verdict on a file, or None if there is none."""

@@ -222,6 +222,8 @@ def _provenance(
     return [
         ("images", manifest.source),
         ("dataset digest", manifest.digest),
+        ("backbone", metadata["backbone"]),
+        ("pretrained weights", f"{metadata['weights']}, digest {metadata['weights_digest']}"),
         ("model digest", metadata["model_digest"]),
         *reference,
         ("seeds", ", ".join(f"{name} {seed}" for name, seed in seeds.items())),

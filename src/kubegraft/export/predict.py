@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kubegraft import tensorflow_setup  # noqa: F401 - quiets TensorFlow before it is imported
+from kubegraft.data.inspection import brief
 from kubegraft.errors import DataError, ModelError
 
 _SAVED_MODEL_FILE: Final = "saved_model.pb"
+_RUN_MODEL_DIR: Final = "model"  # in the output of a run
 _MOST_TOP: Final = 5
 
 
@@ -49,8 +51,8 @@ def predict(
     """Return an answer for each image, in order: a prediction, or why the file can't be used as an image.
 
     Args:
-        model_path: Output of `export`, `train_head` or `fine_tune`, a SavedModel directory that `export`
-            wrote, or a `.keras` file.
+        model_path: Output of a run, of `export`, `train_head` or `fine_tune`, a SavedModel directory that
+            `export` wrote, or a `.keras` file.
         image_paths: JPEG, PNG, GIF, BMP, WebP or TIFF files.
 
     Raises:
@@ -69,6 +71,8 @@ def load(model_path: str | os.PathLike[str]) -> Classifier:
         ModelError: If there is no model that can be loaded.
     """
     path = Path(model_path)
+    if (path / _RUN_MODEL_DIR).is_dir() and not (path / _SAVED_MODEL_FILE).is_file():
+        path = path / _RUN_MODEL_DIR
     for directory in (path, path / "saved_model"):
         if (directory / _SAVED_MODEL_FILE).is_file():
             return _load_saved_model(directory)
@@ -136,9 +140,7 @@ def _decoded(decode: Callable[[bytes], Any], encoded: bytes) -> Any:
     try:
         return decode(encoded)
     except Exception as error:  # Pillow raises whatever its plugins raise on damaged bytes
-        text = str(getattr(error, "message", error)).strip()
-        reason = text.splitlines()[0] if text else "no details"
-        raise _UndecodableError(f"{type(error).__name__}: {reason}") from error
+        raise _UndecodableError(brief(error)) from error
 
 
 def _read(path: str) -> bytes:

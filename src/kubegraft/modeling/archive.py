@@ -43,6 +43,8 @@ def require_safe(path: Path) -> None:
                 "Write it with model.save('x.keras')."
             )
         config = json.loads(archive.read(_CONFIG_MEMBER))
+    if isinstance(config, dict):
+        config.pop("compile_config", None)  # never read, so that it may name anything
     for name, module in _objects(config):
         if not _is_harmless(name, module):
             raise WeightsError(
@@ -59,13 +61,12 @@ def _is_harmless(name: str, module: str | None) -> bool:
 
 
 def _objects(config: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield (class name, module) of everything that a description would make; how it was compiled is never read."""
+    """Yield (class name, module) of everything that a description would make."""
     if isinstance(config, Mapping):
         if "class_name" in config:
             yield str(config["class_name"]), config.get("module")
-        for key, value in config.items():
-            if key != "compile_config":
-                yield from _objects(value)
+        for value in config.values():
+            yield from _objects(value)
     elif isinstance(config, list):
         for value in config:
             yield from _objects(value)
@@ -95,7 +96,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def rewrite(source: Path, target: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a `.keras` file again with `metadata` and without times: the same model gives the same bytes.
+    """Write a `.keras` file again with `metadata` and without times and addresses: the same model gives the same bytes.
 
     Args:
         source: File as Keras wrote it.
@@ -105,12 +106,24 @@ def rewrite(source: Path, target: Path, metadata: Mapping[str, Any]) -> None:
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as copy:
         for name in sorted(archive.namelist()):
             content = archive.read(name)
-            if name == "metadata.json":
-                content = _without_date(content)
+            if name in _STABLE:
+                content = json.dumps(_STABLE[name](json.loads(content)), sort_keys=True).encode()
             copy.writestr(zipfile.ZipInfo(name, _EPOCH), content)
         described = json.dumps(metadata, indent=1, sort_keys=True, ensure_ascii=False)
         copy.writestr(zipfile.ZipInfo(METADATA_MEMBER, _EPOCH), described)
 
 
-def _without_date(content: bytes) -> bytes:
-    return json.dumps({**json.loads(content), "date_saved": "1980-01-01@00:00:00"}, sort_keys=True).encode()
+def _without_date(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {**metadata, "date_saved": "1980-01-01@00:00:00"}
+
+
+def _without_addresses(described: Any) -> Any:
+    """Return a description without the memory addresses by which Keras tells that layers share a dtype policy."""
+    if isinstance(described, dict):
+        return {
+            key: _without_addresses(value) for key, value in described.items() if key != "shared_object_id"
+        }
+    return [_without_addresses(value) for value in described] if isinstance(described, list) else described
+
+
+_STABLE: Final = {"metadata.json": _without_date, _CONFIG_MEMBER: _without_addresses}

@@ -1,7 +1,7 @@
 """The whole model: any image in, a probability for each class out; and its parts, which training calls.
 
-    image uint8[batch, any, any, 3] -> pixels (float32) -> resize -> backbone
-        -> head (pool, standardise, ..., logits) -> probabilities
+image uint8[batch, any, any, 3] -> pixels (float32) -> resize -> backbone
+    -> head (pool, standardise, ..., logits) -> probabilities
 """
 
 from __future__ import annotations

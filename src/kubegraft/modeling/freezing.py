@@ -107,7 +107,9 @@ def rate_multipliers(model: Any, backbone: Backbone, num_blocks: int, rate_decay
 
     Raises:
         ModelError: If an earlier block is trainable than `num_blocks` says.
-        Source: Howard and Ruder 2018, "Universal Language Model Fine-tuning", section 3.2.
+
+    Source:
+        Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.2.
     """
     core = parts(model).backbone
     blocks = _blocks(backbone, core)

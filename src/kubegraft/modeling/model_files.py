@@ -117,7 +117,7 @@ def _metadata(file: Path) -> dict[str, Any]:
         metadata = read_metadata(file)
     except WeightsError:
         raise
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, RecursionError) as error:
         raise _unreadable(file, error) from error
     if metadata is None or "classes" not in metadata:
         raise ModelError(

@@ -189,7 +189,7 @@ def _load_file(model: Any, path: Path, source: str) -> None:
         else:
             with h5py.File(path, "r") as file:
                 assign(model, _backbone_group(file), source=source)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, RecursionError) as error:
         raise WeightsError(
             f"`weights` must be a Keras weights file. Received: weights={source!r}: {error}. "
             "Write it with model.save_weights('x.weights.h5') or model.save('x.keras')."

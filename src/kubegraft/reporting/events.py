@@ -29,4 +29,6 @@ def log_event(stage: str, event: str, **fields: Any) -> None:
 
 def _shown(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return json.dumps(text) if " " in text or not text else text
+    # Quoted, a line break in a file name does not break the line; letters beyond ASCII stay readable.
+    is_word = text and " " not in text and text.isprintable()
+    return text if is_word else json.dumps(text, ensure_ascii=False)

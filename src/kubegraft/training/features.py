@@ -50,8 +50,9 @@ def extract_features(
     num_examples = len(source.labels)
     path = directory / f"{split}-features.npy"
     done_path = directory / f"{split}-features.done"
-    done_steps = int(done_path.read_text()) if done_path.exists() else 0
-    if not done_steps:
+    num_done = int(done_path.read_text()) if done_path.exists() else 0
+    done_steps = num_done // batch_size if num_done < num_examples else -(-num_examples // batch_size)
+    if not num_done:
         np.lib.format.open_memmap(path, "w+", np.float32, (num_examples, dim)).flush()
     features = np.load(path, mmap_mode="r+")
     batches = epoch_batches(source.labels, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
@@ -68,7 +69,7 @@ def extract_features(
             progress.update(len(rows))
             stopping = stop_requested()
             if stopping or time.monotonic() - saved > _SAVE_SECONDS or step + 1 == batches.num_steps:
-                _save(features, path, done_path, step + 1)
+                _save(features, path, done_path, start + len(rows))
                 saved = time.monotonic()
             if stopping:
                 raise Interrupted(
@@ -79,12 +80,12 @@ def extract_features(
     return kept
 
 
-def _save(features: np.memmap, path: Path, done_path: Path, done_steps: int) -> None:
+def _save(features: np.memmap, path: Path, done_path: Path, num_done: int) -> None:
     """Make sure the features are on disk before the count that says so is."""
     features.flush()
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    write_atomically(done_path, str(done_steps))
+    write_atomically(done_path, str(num_done))
 
 
 def _distribute(strategy: Any, source: Source, batches: Any, batch_size: int, start_step: int) -> Any:

@@ -143,8 +143,8 @@ class _FineTuning:
     def _write(self, history: History, kept: str) -> Outcome:
         facts: dict[str, Any] = {
             "backbone": self.backbone.name,
-            "input_size": self.metadata["input_size"],
-            "head": self.metadata["head"],
+            **{name: self.metadata[name] for name in ("weights", "weights_digest", "input_size", "head")},
+            "head_config": self.metadata["config"],
             "num_unfrozen_blocks": self.config.num_blocks,
             "kept": kept,
             "parent_digest": self.metadata["model_digest"],

@@ -19,6 +19,7 @@ from kubegraft.modeling.weights import check_weights
 from kubegraft.recipes import resolve_head
 from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
+from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
 from kubegraft.training.features import extract_features
 from kubegraft.training.loop import History, train
@@ -56,7 +57,7 @@ def train_head(
     inputs = {"dataset": read_result(dataset_dir).digest, "weights": weights_digest}
 
     def body(workspace: Workspace) -> Outcome:
-        return _HeadTraining(dataset_dir, manifest, backbone, config, workspace).run()
+        return _HeadTraining(dataset_dir, manifest, backbone, config, workspace, weights_digest).run()
 
     return run_stage("train_head", output_dir, inputs=inputs, config=config, body=body)
 
@@ -71,8 +72,10 @@ class _HeadTraining:
         backbone: Backbone,
         config: HeadConfig,
         workspace: Workspace,
+        weights_digest: str,
     ) -> None:
         tensorflow_setup.setup(config.seed)
+        self.weights_digest = weights_digest
         self.dataset_dir, self.manifest, self.backbone, self.workspace = (
             dataset_dir,
             manifest,
@@ -108,6 +111,8 @@ class _HeadTraining:
         require_unmoved(frozen, model_parts.backbone.variables)
         facts = {
             "backbone": self.backbone.name,
+            "weights": public_uri(self.config.weights),
+            "weights_digest": self.weights_digest,
             "input_size": self.config.input_size,
             "head": {
                 name: getattr(self.config, name) for name in ("head", "hidden_units", "dropout", "batch_norm")

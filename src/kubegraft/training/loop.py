@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from kubegraft.errors import DivergenceError, Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
@@ -143,7 +144,7 @@ class _Run:
 
     def _make_optimizer(self) -> GlobalAdamW:
         num_steps = self.num_steps * self.config.num_epochs
-        num_warmup_steps = int(num_steps * self.config.warmup_fraction)
+        num_warmup_steps = math.ceil(num_steps * self.config.warmup_fraction)
         return GlobalAdamW(
             WarmUpCosine(self.config.learning_rate, num_steps, num_warmup_steps),
             variables=self.trainable.variables,
@@ -228,7 +229,7 @@ class _Run:
         batches = self._epoch_batches(self.validation_source, 0, shuffle=False)
         sums = np.zeros(3)
         for batch in _distribute(self.strategy, self.validation_source, batches, self.config, 0):
-            sums += self.evaluation_step(batch).numpy()
+            sums += self._checked(self.evaluation_step(batch).numpy())
         return {
             "validation_loss": float(sums[0] / sums[2]),
             "validation_accuracy": float(sums[1] / sums[2]),
@@ -272,6 +273,7 @@ class _Run:
         position = {
             "epoch": self.epoch,
             "step": self.step,
+            "batch_size": self.config.batch_size,
             "elapsed_seconds": self.elapsed_seconds,
             "history": asdict(self.history),
         }
@@ -282,6 +284,11 @@ class _Run:
         if found is None:
             return False
         arrays, position = found
+        if position["batch_size"] != self.config.batch_size:
+            log_event(
+                self.config.phase, "started over", reason="another number of devices needs other batches"
+            )
+            return False
         variables = self._model_variables()
         _assign(variables, [arrays[f"model_{i}"] for i in range(len(variables))])
         _assign(

@@ -7,11 +7,12 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import keras
 import numpy as np
+import tensorflow as tf
 
 from kubegraft import __version__
 from kubegraft.config import TrainingConfig
@@ -20,6 +21,7 @@ from kubegraft.errors import TrainingError
 from kubegraft.modeling.classifier import model_digest, save_classifier
 from kubegraft.recipes import Choice
 from kubegraft.stage import Outcome, write_atomically
+from kubegraft.storage import public_uri
 from kubegraft.training.loop import History
 
 MODEL_SCHEMA: Final = 1
@@ -61,7 +63,10 @@ def write_model(
         facts: More to record in the model's metadata; JSON values.
     """
     digest = model_digest(model)
-    versions = {name: version(name) for name in ("tensorflow-cpu", "keras", "numpy")} | {
+    versions = {
+        "tensorflow": tf.__version__,  # the package is called otherwise on GPU machines
+        "keras": keras.__version__,
+        "numpy": np.__version__,
         "kubegraft": __version__,
         "python": platform.python_version(),
     }
@@ -72,7 +77,7 @@ def write_model(
         "dataset_digest": manifest.digest,
         "model_digest": digest,
         "choices": [dataclasses.asdict(choice) for choice in choices],
-        "config": dataclasses.asdict(config),
+        "config": _public(dataclasses.asdict(config)),
         "versions": versions,
         **facts,
     }
@@ -97,10 +102,15 @@ def write_model(
     )
 
 
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without the credentials that the URI of a weights file may hold."""
+    return {**config, "weights": public_uri(config["weights"])} if "weights" in config else config
+
+
 def write_history(path: Path, history: History, phase: str) -> None:
     """Write the history of one phase as JSON."""
     content = {"phase": phase, **dataclasses.asdict(history)}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def digest_of_variables(variables: Sequence[Any]) -> str:
