@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -173,7 +174,10 @@ def test_a_bad_image_is_named_and_the_others_are_answered(paths, image_files, tm
     }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    questions = [tmp_path / name for name in bad] + [tmp_path / "missing.jpg", image_files["png"]]
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    others = [tmp_path / name for name in ("missing.jpg", "folder.jpg", "pipe.jpg")]
+    questions = [*(tmp_path / name for name in bad), *others, image_files["png"]]
     *refused, answered = predict(paths["root"] / place, questions)
     assert isinstance(answered, Prediction)
     for question, error in zip(questions, refused, strict=False):

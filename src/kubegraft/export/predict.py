@@ -146,6 +146,9 @@ def _decoded(decode: Callable[[bytes], Any], encoded: bytes) -> Any:
 def _read(path: str) -> bytes:
     from kubegraft.data.decode import sniff_format
 
+    if Path(path).exists() and not Path(path).is_file():
+        kind = "a directory" if Path(path).is_dir() else "a pipe, socket or device"  # which may never answer
+        raise _unusable(path, kind, None)
     try:
         encoded = Path(path).read_bytes()
     except OSError as error:
