@@ -106,6 +106,7 @@ def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
     backbone = get_backbone(head.backbone)
     if head.input_size != AUTO:
         backbone.check_input_size(head.input_size)
+    backbone.check_num_blocks(run_config.fine_tune.num_blocks)
     check_weights(backbone, head.weights, head.weights_sha256)
 
 

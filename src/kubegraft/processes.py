@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kubegraft.errors import Interrupted, KubegraftError
+from kubegraft.errors import Interrupted, KubegraftError, StorageError
 
 WORK_DIR_VARIABLE: Final = "KUBEGRAFT_WORK_DIR"
 ERROR_FILE: Final = "error.json"
@@ -92,6 +92,14 @@ def _start_time(pid: int) -> str | None:
     return "alive"
 
 
+def refused_by_system(error: OSError) -> StorageError:
+    """Return the error to show for what the system refused: a full disk, a path without permission."""
+    return StorageError(
+        f"The system refused to read or write. Received: {type(error).__name__}: {error}. Check the path, "
+        "its permissions and the free space; --debug shows where it happened."
+    )
+
+
 @contextlib.contextmanager
 def exit_on_error(stage: str) -> Iterator[None]:
     """End this process with the error's exit code, its message being the last line of the log.
@@ -101,7 +109,8 @@ def exit_on_error(stage: str) -> Iterator[None]:
     """
     try:
         yield
-    except KubegraftError as error:
+    except (KubegraftError, OSError) as caught:
+        error = caught if isinstance(caught, KubegraftError) else refused_by_system(caught)
         record = {
             "stage": stage,
             "type": type(error).__name__,
@@ -109,10 +118,10 @@ def exit_on_error(stage: str) -> Iterator[None]:
             "exit_code": error.exit_code,
             "retryable": error.retryable,
         }
-        work_dir = os.environ.get(WORK_DIR_VARIABLE)
-        if work_dir:
-            Path(work_dir).mkdir(parents=True, exist_ok=True)
-            Path(work_dir, ERROR_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if work_dir := os.environ.get(WORK_DIR_VARIABLE):
+            with contextlib.suppress(OSError):  # a full disk must not hide that it is full
+                Path(work_dir).mkdir(parents=True, exist_ok=True)
+                Path(work_dir, ERROR_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
         if os.environ.get("KUBEGRAFT_DEBUG"):
             traceback.print_exc()
         print(f"Error: {error}", file=sys.stderr, flush=True)  # noqa: T201

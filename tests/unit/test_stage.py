@@ -9,6 +9,7 @@ import pytest
 
 from kubegraft.config import EvaluateConfig
 from kubegraft.errors import ConfigError, DataError, ModelError
+from kubegraft.processes import exit_on_error
 from kubegraft.stage import Outcome, read_result, require_digest, run_stage
 
 
@@ -219,3 +220,22 @@ def test_a_result_file_of_somebody_else_is_not_overwritten(tmp_path, content):
     with pytest.raises(ConfigError, match="Choose another directory"):
         run(tmp_path, Body())
     assert (tmp_path / "result.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "shown"),
+    [
+        (DataError("`x` is bad."), 3, "Error: `x` is bad."),
+        (OSError(28, "No space left on device"), 8, "No space left on device"),
+    ],
+    ids=["ours", "of the system"],
+)
+def test_a_process_ends_with_the_code_and_the_words_of_its_error(
+    tmp_path, monkeypatch, capsys, error, exit_code, shown
+):
+    monkeypatch.setenv("KUBEGRAFT_WORK_DIR", str(tmp_path / "work"))
+    with pytest.raises(SystemExit) as ended, exit_on_error("evaluate"):
+        raise error
+    assert ended.value.code == exit_code
+    assert shown in capsys.readouterr().err.strip().splitlines()[-1]
+    assert json.loads((tmp_path / "work" / "error.json").read_text())["exit_code"] == exit_code

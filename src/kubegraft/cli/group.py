@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import click
 
-from kubegraft.errors import EnvironmentFault, KubegraftError, StorageError, suggestion
+from kubegraft.errors import EnvironmentFault, KubegraftError, suggestion
+from kubegraft.processes import refused_by_system
 
 _DEBUG_KEY: Final = "kubegraft.debug"
 _INTERRUPTED_EXIT_CODE: Final = 130
@@ -137,10 +138,7 @@ class WorkflowGroup(click.Group):
         except BrokenPipeError:  # whoever read the output has left; click ends quietly
             raise
         except OSError as error:
-            refused = StorageError(
-                f"The system refused to read or write. Received: {type(error).__name__}: {error}. Check the path, "
-                "its permissions and the free space; --debug shows where it happened."
-            )
+            refused = refused_by_system(error)
             _fail(ctx, refused, refused.exit_code)
 
 

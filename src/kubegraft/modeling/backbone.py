@@ -71,6 +71,14 @@ class Backbone:
                 f"input_size={input_size!r}. Its weights come from images of {self.native_input_size} pixels."
             )
 
+    def check_num_blocks(self, num_blocks: int) -> None:
+        """Raise ConfigError if there are not as many blocks to unfreeze."""
+        if num_blocks > self.num_blocks:
+            raise ConfigError(
+                f"`num_blocks` must be at most {self.num_blocks} for {self.name}. Received: "
+                f"num_blocks={num_blocks!r}. {self.num_blocks} unfreezes the whole backbone."
+            )
+
     def constructor(self) -> Any:
         """Return the function that makes the Keras model; imports Keras."""
         import keras

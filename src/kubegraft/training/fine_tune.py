@@ -12,8 +12,8 @@ from kubegraft import tensorflow_setup
 from kubegraft.config import FineTuneConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
-from kubegraft.errors import ConfigError, ModelError
-from kubegraft.modeling.backbones import Backbone, get_backbone
+from kubegraft.errors import ModelError
+from kubegraft.modeling.backbones import get_backbone
 from kubegraft.modeling.classifier import load_classifier, parts
 from kubegraft.modeling.freezing import rate_multipliers, unfreeze_last_blocks
 from kubegraft.recipes import resolve_fine_tune
@@ -95,7 +95,7 @@ class _FineTuning:
             num_backbone_blocks=self.backbone.num_blocks,
             num_backbone_parameters=self.backbone.num_parameters,
         )
-        _require_blocks(resolved.num_blocks, self.backbone)
+        self.backbone.check_num_blocks(resolved.num_blocks)
         batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
         self.config = dataclasses.replace(resolved, batch_size=batch_size)
         for choice in self.choices:
@@ -169,12 +169,4 @@ def _require_same_classes(model_classes: list[str], dataset_classes: tuple[str, 
         raise ModelError(
             f"`model` must know the classes of the dataset, in the same order. Received: model={model_classes!r}, "
             f"dataset={list(dataset_classes)!r}, differing in {differing!r}. Train a head on this dataset first."
-        )
-
-
-def _require_blocks(num_blocks: int, backbone: Backbone) -> None:
-    if num_blocks > backbone.num_blocks:
-        raise ConfigError(
-            f"`num_blocks` must be at most {backbone.num_blocks} for {backbone.name}. Received: "
-            f"num_blocks={num_blocks!r}. {backbone.num_blocks} unfreezes the whole backbone."
         )

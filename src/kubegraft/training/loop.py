@@ -299,6 +299,7 @@ class _Run:
         self.epoch, self.step = position["epoch"], position["step"]
         self.elapsed_seconds = position["elapsed_seconds"]
         self.history = History(**position["history"])
+        log_event(self.config.phase, "continuing", epoch=self.epoch, step=self.step)
         return True
 
 
