@@ -123,7 +123,7 @@ def test_the_config_travels_with_the_job(tmp_path):
     ]
     assert pod["containers"][0]["args"] == [
         "run",
-        *("--config", "/etc/kubegraft/run.yaml", "--output", "/work/kubegraft"),
+        *("--config", "/etc/kubegraft/run.yaml", "--output", "/workspace/kubegraft"),
     ]
 
 

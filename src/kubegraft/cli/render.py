@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SOURCE = input_argument(
     "source",
-    "URI, or absolute path in the pod, such as /work/photos. Without it the config file's, or sample://digits.",
+    "URI, or absolute path in the pod, such as /workspace/photos. Without it the config file's, or sample://digits.",
     required=False,
     metavar="[DATA]",
 )

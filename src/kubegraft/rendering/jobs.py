@@ -19,7 +19,7 @@ from kubegraft.run_config import RunConfig
 
 _CONTAINER: Final = "kubegraft"
 _CONFIG_DIR: Final = "/etc/kubegraft"
-_WORK_DIR: Final = "/work"
+_WORK_DIR: Final = "/workspace"
 _CRON_FIELDS: Final = 5
 _TRIES: Final = 3
 _HASH_DIGITS: Final = 10
@@ -111,7 +111,7 @@ def _config_map(run_config: RunConfig, setting: Setting) -> Manifest:
     source = run_config.ingest.source
     if "://" not in source and not source.startswith("/"):
         raise ConfigError(
-            "`source` must be a URI, or an absolute path in the pod, such as /work/photos on the volume. Received: "
+            "`source` must be a URI or an absolute path in the pod, such as /workspace/photos on the volume. Received: "
             f"source={source!r}."
         )
     data = {"run.yaml": to_yaml(run_config)}
