@@ -132,9 +132,7 @@ class _HeadTraining:
         )
 
     def _train(self, model_parts: ClassifierParts) -> History:
-        train_features, validation_features = (
-            self._features(split, model_parts) for split in ("train", "validation")
-        )
+        train_features = self._features("train", model_parts)
         _standardise(model_parts, train_features.features)
         transforms, mixup_alpha = transforms_of(self.config.augmentation)
         trainable: HeadOnFeatures | HeadOnBackbone
@@ -143,7 +141,7 @@ class _HeadTraining:
             sources: tuple[Any, Any] = (self._images("train", transforms), self._images("validation"))
         else:
             trainable = HeadOnFeatures(model_parts, self.config.batch_size)
-            sources = (train_features, validation_features)
+            sources = (train_features, self._features("validation", model_parts))
         plan = loop_config(
             self.config, self.manifest, phase="train_head", warmup_fraction=0.05, mixup_alpha=mixup_alpha
         )
