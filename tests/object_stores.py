@@ -178,6 +178,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.send_response(fault)
             self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")  # or the client's next request meets a closed connection
             self.end_headers()
             return
         status, headers, answer = self._upstream(body)
