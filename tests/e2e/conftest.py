@@ -4,8 +4,10 @@ The cluster is that of the current KUBECONFIG. Variables: KUBEGRAFT_E2E_IMAGE, a
 place of building one and loading it into kind; KUBEGRAFT_E2E_DATA, photographs in place of ../shared/data/signs.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,16 +65,17 @@ def image(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def servers_image(kind_cluster) -> str:
+def servers_image(kind_cluster, tmp_path_factory) -> str:
     """Return an image with object stores, tagged by what goes into it."""
-    import hashlib
-
-    dockerfile = ROOT / "tests" / "e2e" / "servers.Dockerfile"
-    inputs = dockerfile.read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    name = f"kubegraft-e2e-servers:{hashlib.sha256(inputs).hexdigest()[:12]}"
+    context = tmp_path_factory.mktemp("servers")
+    digest = hashlib.sha256()
+    for path in (ROOT / "tests" / "e2e" / "servers.Dockerfile", ROOT / "constraints.txt"):
+        digest.update(path.read_bytes())
+        shutil.copy(path, context)
+    name = f"kubegraft-e2e-servers:{digest.hexdigest()[:12]}"
     if subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode:
-        build = ["docker", "build", "--network", "host", "--file", str(dockerfile), "--tag", name]
-        run([*build, str(ROOT)], seconds=900)
+        build = ["docker", "build", "--network", "host", "--file", str(context / "servers.Dockerfile")]
+        run([*build, "--tag", name, str(context)], seconds=900)
     return load(kind_cluster, name)
 
 

@@ -77,7 +77,8 @@ class Launcher:
         if "runtimeValue" in source:
             return source["runtimeValue"]["constant"]
         output = source["taskOutputParameter"]
-        return self.outputs[output["producerTask"]]["parameterValues"][output["outputParameterKey"]]
+        place = f"/workspace/kfp/runs/{output['producerTask']}/{output['outputParameterKey']}.txt"
+        return self.cluster.execute(self.toolbox, "cat", place)
 
     def artifact(self, output):
         written = self.outputs[output["producerTask"]]["artifacts"]
