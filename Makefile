@@ -81,7 +81,7 @@ images:  ## build the images: make images [TARGETS="cpu gpu"] [REGISTRY=...] [TA
 
 images-push:  ## push what `make images` built; a tag that the registry has is left as it is
 	@for target in $(TARGETS); do $(DOCKER_IMAGE); \
-	  if $(DOCKER) manifest inspect "$$image" >/dev/null 2>&1; then echo "$$image is in the registry already; a tag never moves"; continue; fi; \
+	  if $(DOCKER) manifest inspect "$$image" >/dev/null 2>&1 || $(DOCKER) manifest inspect --insecure "$$image" >/dev/null 2>&1; then echo "$$image is in the registry already; a tag never moves"; continue; fi; \
 	  $(DOCKER) push "$$image" || exit 1; done
 
 # The name of the image of $$target, in a recipe.
