@@ -100,7 +100,8 @@ class Site:
         lines = [pin("owl", "1.0", packages["owl"]), pin("kite", "2.0", packages["kite"])]
         (self.checkout / "docker" / "requirements-cpu.txt").write_text("".join(lines))
         (self.checkout / "docker" / "requirements-build.txt").write_text(pin("hammer", "1.0", tool))
-        for path in ("pipelines/compiled/transfer_learning.yaml", "manifests/base/kustomization.yaml"):
+        documents = ("manifests/base/kustomization.yaml", "docs/clusters.md")
+        for path in ("pipelines/compiled/transfer_learning.yaml", *documents):
             (self.checkout / path).parent.mkdir(parents=True)
             (self.checkout / path).write_text(f"# {path}\n")
         weights = web / "keras" / "resnet50_notop.h5"
@@ -212,7 +213,7 @@ def content(directory):
 def test_everything_is_in_one_directory_and_in_the_index(site, bundle):
     files = content(bundle)
     assert sorted(files) == [
-        *("README.txt", "SHA256SUMS", "bundle.json"),
+        *("README.txt", "SHA256SUMS", "bundle.json", "docs/clusters.md"),
         *("images/kubegraft-train-1.0.tar", "images/serving-2.0.tar"),
         *("manifests/base/kustomization.yaml", "pipelines/transfer_learning.yaml"),
         "weights/resnet50/resnet50_notop.h5",
@@ -279,7 +280,9 @@ def test_an_interrupted_call_is_continued(site, bundle):
 
 def test_another_call_makes_the_directory_be_as_it_says(bundle):
     bundle_call("create", bundle, "--no-wheels", "--image", IMAGE)
-    assert sorted(path for path in content(bundle) if not path.startswith(("manifests", "pipelines"))) == [
+    assert sorted(
+        path for path in content(bundle) if not path.startswith(("manifests", "pipelines", "docs"))
+    ) == [
         *("README.txt", "SHA256SUMS", "bundle.json", "images/kubegraft-train-1.0.tar"),
     ]
     bundle_call("verify", bundle)

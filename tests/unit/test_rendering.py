@@ -28,6 +28,7 @@ COMMANDS = {
     "cronjob": ["cronjob", *CRON, "--time-zone", "Europe/Berlin"],
     "serving": ["serving"],
     "serving by KServe": ["serving", "--server", "kserve"],
+    "reader": ["reader", "--namespace", "team"],
 }
 
 
@@ -44,6 +45,8 @@ def by_kind(manifests):
 def pod_of(manifest):
     spec = manifest["spec"]
     spec = spec.get("jobTemplate", {}).get("spec", spec)
+    if manifest["kind"] == "Pod":
+        return spec
     return spec["predictor"] if "predictor" in spec else spec["template"]["spec"]
 
 
@@ -196,6 +199,16 @@ def test_the_service_finds_the_servers_pods():
     assert selector == objects["Deployment"]["spec"]["selector"]["matchLabels"]
     names = {port["name"] for port in pod_of(objects["Deployment"])["containers"][0]["ports"]}
     assert {port["targetPort"] for port in objects["Service"]["spec"]["ports"]} == names
+
+
+def test_a_reader_sees_what_a_job_left_and_can_change_nothing():
+    job, pod = pod_of(by_kind(render("job"))["Job"]), pod_of(render("reader")[0])
+    (container,) = pod["containers"]
+    assert container["image"] == job["containers"][0]["image"]
+    assert container["volumeMounts"] == [{"name": "work", "mountPath": "/workspace", "readOnly": True}]
+    claims = [job["volumes"][0]["persistentVolumeClaim"]["claimName"]]
+    assert [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]] == claims
+    assert pod["activeDeadlineSeconds"] == 3600
 
 
 def test_it_is_written_to_a_file(tmp_path):

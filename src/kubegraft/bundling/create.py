@@ -47,7 +47,7 @@ kubegraft {version} for a site without internet ({target}).
      venv/bin/python -m pip install --no-index --find-links wheels --no-deps --require-hashes -r wheels/requirements.txt
 3. Load the images and weights:          venv/bin/kubegraft bundle load . --registry registry.example/team
 
-docs/operations.md, "Air-gapped", says more. bundle.json lists every file.
+docs/clusters.md, "Air-gapped", says more. bundle.json lists every file.
 """
 
 
@@ -180,17 +180,18 @@ def _opened(directory: Path) -> Bundle:
 
 
 def _documents(directory: Path, checkout: Path | None) -> None:
-    """Copy the compiled pipelines, and the manifests where there is a checkout."""
+    """Copy the compiled pipelines, and manifests and documents where there is a checkout."""
     if checkout is None:
         with _replaced(directory / "pipelines") as aside:
             shutil.copy(packaged_pipeline(), aside)
-        log_event("bundle", "left out", what="manifests", reason="they are in a source checkout only")
+        log_event("bundle", "left out", what="manifests, docs", reason="only a source checkout has them")
         return
     with _replaced(directory / "pipelines") as aside:
         for path in (checkout / "pipelines" / "compiled").glob("*.yaml"):
             shutil.copy(path, aside)
-    with _replaced(directory / "manifests") as aside:
-        shutil.copytree(checkout / "manifests", aside, dirs_exist_ok=True)
+    for name in ("manifests", "docs"):
+        with _replaced(directory / name) as aside:
+            shutil.copytree(checkout / name, aside, dirs_exist_ok=True)
 
 
 @contextlib.contextmanager

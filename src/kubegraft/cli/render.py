@@ -33,13 +33,20 @@ _setting_options = cluster_option_group(
         {"default": "kubegraft-work", "help": "Claim of the volume; '' for none.  [default: kubegraft-work]"},
     ),
     ("--pod-service-account", {"default": "", "metavar": "NAME", "help": "Service account of the pods."}),
-    ("--cpu", {"default": "", "metavar": "QUANTITY", "help": "CPU limit.  [default: 4; serving 2]"}),
+    (
+        "--cpu",
+        {"default": "", "metavar": "QUANTITY", "help": "CPU limit.  [default: 4; serving 2; reader 500m]"},
+    ),
     (
         "--memory",
-        {"default": "", "metavar": "QUANTITY", "help": "Memory limit.  [default: 8Gi; serving 2Gi]"},
+        {
+            "default": "",
+            "metavar": "QUANTITY",
+            "help": "Memory limit.  [default: 8Gi; serving 2Gi; reader 128Mi]",
+        },
     ),
 )
-_image_options = cluster_option_group(
+_image_only_options = cluster_option_group(
     (
         "--image",
         {
@@ -56,6 +63,8 @@ _image_options = cluster_option_group(
             "help": "Registry of the released image, where yours has a copy.",
         },
     ),
+)
+_result_options = cluster_option_group(
     (
         "--publish",
         {
@@ -124,7 +133,7 @@ def _with_setting(function: Command) -> Command:
         )
         return function(setting=setting, accelerators=accelerators, **arguments)
 
-    return _setting_options(_image_options(placement_options(described)))
+    return _setting_options(_image_only_options(_result_options(placement_options(described))))
 
 
 @render.command("job", cls=SectionedCommand)
@@ -210,6 +219,42 @@ def serving(
         memory=memory or "2Gi",
     )
     _write(render_serving(setting, server, run_name), output)
+
+
+@render.command("reader", cls=SectionedCommand)
+@_OUTPUT
+@_setting_options
+@_image_only_options
+@DebugOption.decorate
+def reader(
+    output: str | None,
+    name: str,
+    namespace: str,
+    claim: str,
+    pod_service_account: str,
+    cpu: str,
+    memory: str,
+    image: str,
+    registry: str,
+) -> None:
+    """A pod with the volume, from which `kubectl cp` takes what a run left there.
+
+    It is named NAME-reader, has the volume at /workspace, and ends by itself after an hour.
+    """
+    from kubegraft.kfp_client.package import released_image
+    from kubegraft.rendering.pods import Setting
+    from kubegraft.rendering.reader import render_reader
+
+    setting = Setting(
+        name=name,
+        namespace=namespace,
+        claim=claim,
+        image=released_image(image=image, registry="" if image else registry),
+        service_account=pod_service_account or "kubegraft-task",
+        cpu=cpu or "500m",
+        memory=memory or "128Mi",
+    )
+    _write(render_reader(setting), output)
 
 
 def _write(manifests: list[Manifest], output: str | None) -> None:
