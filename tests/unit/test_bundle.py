@@ -302,6 +302,10 @@ def test_for_another_python_versions_are_pinned_without_hashes(site, tmp_path):
     made = bundle_call("create", tmp_path / "other", "--no-images", "--python", "3.12")
     assert made["python"] == "3.12"
     assert {"kite-2.0.tar.gz", "owl-1.0-py3-none-any.whl"} <= set(site.fetched())
+    damage(tmp_path / "other" / "wheels" / "owl-1.0-py3-none-any.whl")
+    again = bundle_call("create", tmp_path / "other", "--no-images", "--python", "3.12")
+    assert again["files"] == made["files"]
+    assert "owl-1.0-py3-none-any.whl" in site.fetched()
 
 
 def test_a_package_with_another_hash_is_refused(site, tmp_path):

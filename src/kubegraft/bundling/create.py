@@ -133,7 +133,7 @@ def create_bundle(directory: str | os.PathLike[str], request: BundleRequest) -> 
     )
     _documents(directory, checkout)
     if wheel_set is not None:
-        if earlier.wheels_key != wheel_set.key or _faults(directory, earlier, "wheels/"):
+        if _removed_faulty(directory, earlier, "wheels/") or earlier.wheels_key != wheel_set.key:
             collect_wheels(wheel_set, directory / "wheels")
         bundle = dataclasses.replace(bundle, python=request.python, wheels_key=wheel_set.key)
         _remember(directory, bundle, earlier)
@@ -213,9 +213,13 @@ def _remember(directory: Path, bundle: Bundle, earlier: Bundle) -> None:
     dataclasses.replace(bundle, files=tuple(_described(directory, bundle))).write(directory / UNFINISHED_FILE)
 
 
-def _faults(directory: Path, bundle: Bundle, prefix: str) -> bool:
+def _removed_faulty(directory: Path, bundle: Bundle, prefix: str) -> bool:
+    """Remove files that are not what the bundle says, and return whether anything is missing or was removed."""
     files = [file for file in bundle.files if file.path.startswith(prefix)]
-    return not files or any(file.fault(directory) for file in files)
+    faulty = [file for file in files if file.fault(directory)]
+    for file in faulty:
+        (directory / file.path).unlink(missing_ok=True)
+    return not files or bool(faulty)
 
 
 def _finished(directory: Path, bundle: Bundle) -> Bundle:

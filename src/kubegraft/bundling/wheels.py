@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import venv
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,11 @@ def collect_wheels(wheel_set: WheelSet, directory: Path) -> None:
 
 
 def _remove_others(directory: Path, versions: dict[str, str]) -> None:
-    """Remove what is not of this set, so that no installation takes it."""
+    """Remove what is not of this set, so that no installation takes it, and what an interrupted call left half."""
     for path in directory.iterdir():
         name, _, rest = path.name.partition("-")
-        if versions.get(_normalised(name)) != rest.partition("-")[0] or path.suffix != ".whl":
+        is_wanted = path.suffix == ".whl" and versions.get(_normalised(name)) == rest.partition("-")[0]
+        if not (is_wanted and zipfile.is_zipfile(path)):
             path.unlink()
 
 
