@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -220,8 +221,6 @@ def test_what_the_graph_cannot_decode_is_refused_by_name(server, images):
 def test_a_small_file_of_a_huge_picture_is_not_decoded(server):
     bomb = bytearray(encode("PNG", np.zeros((1, 1, 3), np.uint8)))
     bomb[16:24] = (20_000).to_bytes(4, "big") * 2
-    import zlib
-
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     status, document = ask(server, bytes(bomb), {"Content-Type": "image/png"})
     assert status == 400
@@ -391,8 +390,6 @@ def test_a_model_that_is_being_loaded_is_not_ready(images):
 
 
 class BrokenModel:
-    signatures: dict = {}
-
     def ask(self, images, signature):
         raise ValueError("secret /path")
 
@@ -406,17 +403,18 @@ def test_a_defect_is_an_error_without_its_details_and_the_server_goes_on(images,
     assert "secret" in capfd.readouterr().err
 
 
-class SlowModel(BrokenModel):
-    """Counts who asks at once."""
+class SlowModel:
+    """Counts who asks at once, and answers when it is told to."""
 
     def __init__(self):
         self.num_now = self.num_most = 0
-        self.lock, self.go_on = threading.Lock(), threading.Event()
+        self.lock, self.arrived, self.go_on = threading.Lock(), threading.Semaphore(0), threading.Event()
 
     def ask(self, images, signature):
         with self.lock:
             self.num_now += 1
             self.num_most = max(self.num_most, self.num_now)
+        self.arrived.release()
         assert self.go_on.wait(60)
         with self.lock:
             self.num_now -= 1
@@ -427,8 +425,8 @@ def test_no_more_requests_than_allowed_run_at_once(images):
     model = SlowModel()
     with serving(model, concurrency=2) as server, ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(ask, server, images["png"], {"Content-Type": "image/png"}) for _ in range(8)]
-        while model.num_now < 2:
-            pass
+        for _ in range(2):
+            assert model.arrived.acquire(timeout=60)
         model.go_on.set()
         assert [future.result() for future in futures] == [(200, {"predictions": [1.0]})] * 8
     assert model.num_most == 2
@@ -439,8 +437,7 @@ def test_who_waits_too_long_for_a_turn_is_told_to_try_again(images, monkeypatch)
     model = SlowModel()
     with serving(model, concurrency=1) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, server, images["png"], {"Content-Type": "image/png"})
-        while not model.num_now:
-            pass
+        assert model.arrived.acquire(timeout=60)
         assert ask(server, images["png"], {"Content-Type": "image/png"})[0] == 503
         model.go_on.set()
         assert first.result()[0] == 200
@@ -598,7 +595,7 @@ def test_a_stopped_server_finishes_its_request(model_dir, images, expected):
             port = int(re.search(r":(\d+)/", ready["url"])[1])
             assert ready["url"].endswith("/v1/models/kubegraft")
             body = images["turned"]
-            head = f"POST /v1/models/kubegraft:predict HTTP/1.1\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}"
+            head = f"POST /v1/models/kubegraft:predict HTTP/1.1\r\nContent-Length: {len(body)}\r\n"
             with (
                 socket.create_connection(("127.0.0.1", port), timeout=60) as idle,
                 socket.create_connection(("127.0.0.1", port), timeout=60) as connection,
@@ -606,7 +603,7 @@ def test_a_stopped_server_finishes_its_request(model_dir, images, expected):
                 for opened in (idle, connection):
                     opened.sendall(b"GET / HTTP/1.1\r\n\r\n")
                     assert b" 200 " in opened.recv(4096)
-                connection.sendall(f"{head}\r\nExpect: 100-continue\r\n\r\n".encode())
+                connection.sendall(f"{head}Content-Type: image/jpeg\r\nExpect: 100-continue\r\n\r\n".encode())
                 assert b" 100 " in connection.recv(4096)
                 process.send_signal(signal.SIGTERM)
                 assert idle.recv(4096) == b""  # closed: so the server stops

@@ -196,6 +196,7 @@ class Connection(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses, such as a malformed head, as all errors are answered."""
         self._unread = True
+        self.request_version = self.protocol_version  # without one that it knows, http.server sends no head
         self._send_error(RequestError(code, message or HTTPStatus(code).phrase))
 
     def _send_error(self, error: RequestError) -> None:
