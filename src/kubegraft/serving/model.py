@@ -1,6 +1,6 @@
 """The exported model behind the server: found, checked, loaded, and asked about the bytes of image files.
 
-TensorFlow alone loads it, without Keras, as any other server would.
+TensorFlow alone loads it, as any other server would: nothing here needs Keras, or code that builds models.
 """
 
 from __future__ import annotations
