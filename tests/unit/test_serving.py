@@ -319,6 +319,23 @@ def test_a_body_that_ends_early_is_an_error(server):
     assert b"ended after 3 of 100 bytes" in reply
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "",
+        "Content-Length: 0\r\nContent-Length: 30\r\n",
+        "Content-Length: 30\r\nTransfer-Encoding: chunked\r\n",
+    ],
+)
+@pytest.mark.parametrize("path", [PREDICT, "/nothing"])
+def test_what_may_be_a_body_is_not_taken_for_a_request(server, fields, path):
+    head = f"POST {path} HTTP/1.1\r\n{fields}\r\n"
+    with raw_connection(server, head.encode() + b"GET /healthz HTTP/1.1\r\n\r\n") as connection:
+        reply = received(connection)
+    assert reply.count(b"HTTP/1.1 ") == 1
+    assert b"Connection: close" in reply
+
+
 @pytest.mark.parametrize("constant", ["IDLE_SECONDS", "HEAD_SECONDS", "_BODY_SECONDS"])
 def test_a_client_that_sends_a_byte_now_and_then_is_let_go(server, monkeypatch, constant):
     monkeypatch.setattr(connections, constant, 0.3)

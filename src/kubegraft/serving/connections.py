@@ -102,7 +102,8 @@ class Connection(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         # Until a body is read, an answer must not leave it to be taken for the next request.
-        self._unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        lengths = self.headers.get_all("Content-Length") or ([] if self.command == "POST" else ["0"])
+        self._unread = lengths != ["0"] or "Transfer-Encoding" in self.headers
         try:
             self._send_json(*self._answer(self._checked_route()))
         except RequestError as error:
