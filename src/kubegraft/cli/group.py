@@ -41,6 +41,7 @@ class Entry(NamedTuple):
 COMMANDS: Final = {
     "run": Entry("Whole job", "run", "run", "Images to tested classifier in one go."),
     "predict": Entry("Whole job", "predict", "predict", "Name the class of some images."),
+    "serve": Entry("Whole job", "serve", "serve", "Answer over HTTP, as TensorFlow Serving does."),
     "ingest": Entry("One stage at a time", "stages", "ingest", "Check and split images, write a dataset."),
     "train-head": Entry("One stage at a time", "stages", "train_head", "Train a head on a frozen backbone."),
     "fine-tune": Entry(
@@ -79,6 +80,11 @@ class DebugOption:
             callback=DebugOption._remember,
             help="Show the traceback of an error.",
         )(function)
+
+    @staticmethod
+    def is_set(context: click.Context) -> bool:
+        """Return whether the option was given, here or to the group."""
+        return bool(context.meta.get(_DEBUG_KEY))
 
     @staticmethod
     def _remember(context: click.Context, _: click.Parameter, value: bool) -> None:
