@@ -29,6 +29,8 @@ COMMANDS = {
     "cronjob": ["cronjob", *CRON, "--time-zone", "Europe/Berlin"],
     "serving": ["serving"],
     "serving by KServe": ["serving", "--server", "kserve"],
+    "serving by kubegraft": ["serving", "--server", "kubegraft"],
+    "serving from a bucket by kubegraft": ["serving", "--model", "gs://bucket/owls", "--server", "kubegraft"],
     "serving from a bucket": ["serving", "--model", "gs://bucket/owls", "--secret", "keys"],
     "serving from a bucket by KServe": ["serving", "--model", "s3://bucket/owls", "--server", "kserve"],
     "reader": ["reader", "--namespace", "team"],
@@ -220,6 +222,20 @@ def test_a_server_fetches_its_model_from_a_bucket_before_it_starts():
     assert served["mountPath"] == "/models/owls/1"
     assert "--model_base_path=/models/owls" in server["args"]
     assert not [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+
+
+def test_kubegrafts_own_server_is_in_the_image_of_the_tasks_and_gets_the_proof_with_the_model():
+    objects = by_kind(render("serving", "--name", "owls", "--run", "night", "--server", "kubegraft"))
+    pod = pod_of(objects["Deployment"])
+    (server,) = pod["containers"]
+    assert server["image"] == f"ghcr.io/kubegraft/kubegraft-train:{__version__}"
+    (mount,) = [mount for mount in server["volumeMounts"] if mount["name"] == "work"]
+    assert mount["subPath"] == "night/model"
+    command, *arguments = server["args"]
+    context = main.get_command(None, command).make_context(command, arguments, resilient_parsing=True)
+    assert context.params["name"] == "owls"
+    assert context.params["model"] == mount["mountPath"]
+    assert pod["terminationGracePeriodSeconds"] > server["lifecycle"]["preStop"]["sleep"]["seconds"] + 25
 
 
 def test_a_server_that_fetches_may_reach_the_bucket_and_another_may_not():

@@ -194,16 +194,19 @@ def cronjob(
 )
 @click.option(
     "--server",
-    type=click.Choice(("tf-serving", "kserve")),
+    type=click.Choice(("tf-serving", "kubegraft", "kserve")),
     default="tf-serving",
-    help="A Deployment and a Service, or KServe's InferenceService.  [default: tf-serving]",
+    help="TensorFlow Serving or kubegraft's own server, a Deployment and a Service; or KServe's InferenceService.  "
+    "[default: tf-serving]",
 )
-@click.option("--image", default="", help="Image of TensorFlow Serving.")
+@click.option(
+    "--image", default="", help="Image of the server.  [default: TensorFlow Serving's, or the tasks']"
+)
 @click.option(
     "--task-image",
     default="",
     envvar="KUBEGRAFT_TRAIN_IMAGE",
-    help="Image of the tasks, which fetches --model.",
+    help="Image of the tasks, which fetches --model and has kubegraft's own server.",
 )
 @click.option(
     "--registry",
@@ -256,7 +259,7 @@ def serving(
         name=name,
         namespace=namespace,
         claim=claim,
-        image=image or SERVING_IMAGE,
+        image=image or (model.fetch_image if server == "kubegraft" else SERVING_IMAGE),
         service_account=pod_service_account or "kubegraft-serving",
         cpu=cpu or "2",
         memory=memory or "2Gi",
