@@ -94,6 +94,7 @@ def transfer_learning(
     }
     head_task = train_head(
         **dataset,
+        accelerator_count=accelerator_count,
         backbone=backbone,
         weights=weights,
         weights_sha256=weights_sha256,
@@ -120,6 +121,7 @@ def transfer_learning(
     fine_tune_task = fine_tune(
         **dataset,
         head_model=head_task.outputs["model"],
+        accelerator_count=accelerator_count,
         seed=seed,
         batch_size=fine_tune_batch_size,
         num_epochs=fine_tune_num_epochs,

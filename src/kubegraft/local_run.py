@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import kubegraft
 from kubegraft import errors, storage
+from kubegraft.accelerators import require_accelerators_for_run
 from kubegraft.child_processes import StopRequest, stopping_children
 from kubegraft.config_file import to_values
 from kubegraft.errors import ConfigError, EnvironmentFault, Interrupted, KubegraftError
@@ -89,12 +90,13 @@ def run_locally(
 
 
 def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
-    """Raise what would stop the run later: a wrong backbone, input size, weights, source or output.
+    """Raise what would stop the run later: a wrong backbone, input size, weights, source, output or machine.
 
     Raises:
         ConfigError: If a local source does not exist, the backbone is unknown or does not take the input
             size, or the output holds something else.
         WeightsError: If the backbone's weights can't be had.
+        EnvironmentFault: If accelerators were asked for that are not there.
     """
     from kubegraft.config import AUTO
     from kubegraft.modeling.backbones import get_backbone
@@ -108,6 +110,7 @@ def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
         backbone.check_input_size(head.input_size)
     backbone.check_num_blocks(run_config.fine_tune.num_blocks)
     check_weights(backbone, head.weights, head.weights_sha256)
+    require_accelerators_for_run()
 
 
 def _check_source(source: str, output_dir: Path) -> None:

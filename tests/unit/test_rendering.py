@@ -163,6 +163,7 @@ def test_accelerators_reach_the_pod():
     pod = pod_of(by_kind(render(*COMMANDS["job with everything"]))["Job"])
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert {"name": "KUBEGRAFT_REQUIRE_ACCELERATORS", "value": "2"} in container["env"]
     assert pod["nodeSelector"] == {"pool": "gpu"}
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
