@@ -50,13 +50,11 @@ def require_accelerators(count: int = 0) -> None:
     wanted = max(int(count), required_accelerators())
     if not wanted:
         return
-    from kubegraft import tensorflow_setup  # noqa: F401 - settings that come before TensorFlow
-    import tensorflow as tf
+    from kubegraft.tensorflow_setup import find_gpus
 
-    num_seen = len(tf.config.list_physical_devices("GPU"))
-    if num_seen < wanted:
-        cuda = bool(tf.sysconfig.get_build_info().get("is_cuda_build", False))
-        raise EnvironmentFault(_message(wanted, num_seen, cuda, tf.__version__))
+    found = find_gpus()
+    if found.num_gpus < wanted:
+        raise EnvironmentFault(_message(wanted, found.num_gpus, found.cuda_build, found.version))
 
 
 def _message(wanted: int, num_seen: int, cuda: bool, version: str) -> str:

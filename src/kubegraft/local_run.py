@@ -36,7 +36,8 @@ from kubegraft.unchanged import unchanged_summary
 
 _LOCK_FILE: Final = ".kubegraft-run"
 LOG_FILE: Final = "run.log"
-_COMPILED: Final = Path(kubegraft.__file__).parent / "compiled" / "transfer_learning.yaml"
+COMPILED_FILES: Final = {"cpu": "transfer_learning.yaml", "gpu": "transfer_learning_gpu.yaml"}
+_COMPILED_DIR: Final = Path(kubegraft.__file__).parent / "compiled"
 
 
 def run_locally(
@@ -166,17 +167,22 @@ def load_pipeline() -> Callable[..., Any]:
         EnvironmentFault: If there is neither.
     """
     if checkout := find_checkout():
-        sys.path.insert(0, str(checkout))
-        try:
-            module = importlib.import_module("pipelines.transfer_learning")
-        finally:
-            sys.path.remove(str(checkout))
+        module = import_from_checkout(checkout, "pipelines.transfer_learning")
         pipeline: Callable[..., Any] = module.transfer_learning
         return pipeline
     from kfp import components
 
     loaded: Callable[..., Any] = components.load_component_from_file(str(packaged_pipeline()))
     return loaded
+
+
+def import_from_checkout(checkout: Path, name: str) -> Any:
+    """Import a module of `pipelines` or `components`, which no wheel contains."""
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
 
 
 def without_retries(pipeline: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,17 +196,21 @@ def without_retries(pipeline: Callable[..., Any]) -> Callable[..., Any]:
     return copied  # type: ignore[no-any-return]
 
 
-def packaged_pipeline() -> Path:
+def packaged_pipeline(profile: str = "cpu") -> Path:
     """Return the path of the compiled pipeline in an installed kubegraft.
+
+    Args:
+        profile: `cpu`, or `gpu` for the variant whose training tasks run in the image for GPUs.
 
     Raises:
         EnvironmentFault: If it is not there.
     """
-    if not _COMPILED.exists():
+    path = _COMPILED_DIR / COMPILED_FILES[profile]
+    if not path.exists():
         raise EnvironmentFault(
-            f"`{_COMPILED}` must exist in an installed kubegraft. The installation is damaged: do it again."
+            f"`{path}` must exist in an installed kubegraft. The installation is damaged: do it again."
         )
-    return _COMPILED
+    return path
 
 
 def find_checkout() -> Path | None:

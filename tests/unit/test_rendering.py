@@ -183,6 +183,10 @@ def test_the_image_is_the_pipelines_or_the_one_given(monkeypatch):
 
     released = f"kubegraft-train:{__version__}"
     assert image() == f"ghcr.io/kubegraft/{released}"
+    for_gpus = f"kubegraft-train-gpu:{__version__}"
+    assert image("--accelerator-count", "1") == f"ghcr.io/kubegraft/{for_gpus}"
+    assert image("--accelerator-count", "1", "--registry", "r.example") == f"r.example/{for_gpus}"
+    assert image("--accelerator-count", "1", "--image", "a:1") == "a:1"
     assert image("--registry", "registry.example/team") == f"registry.example/team/{released}"
     monkeypatch.setenv("KUBEGRAFT_REGISTRY", "registry.example")
     assert image() == f"registry.example/{released}"
