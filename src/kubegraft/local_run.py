@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -27,7 +28,7 @@ from kubegraft.child_processes import StopRequest, stopping_children
 from kubegraft.config_file import to_values
 from kubegraft.errors import ConfigError, EnvironmentFault, Interrupted, KubegraftError
 from kubegraft.processes import ERROR_FILE, RUN_PID_VARIABLE, WORK_DIR_VARIABLE
-from kubegraft.reporting.events import log_event
+from kubegraft.reporting.events import RUN_NAME_VARIABLE, log_event, run_name
 from kubegraft.run_config import RunConfig, pipeline_parameters
 from kubegraft.run_log import RunLog, without_executor_echo
 from kubegraft.run_results import RESULTS, find_run_dir, publish, read_results, summarise, tidy, write_summary
@@ -260,6 +261,7 @@ def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
     changes = {
         WORK_DIR_VARIABLE: str(work_dir),
         RUN_PID_VARIABLE: str(os.getpid()),
+        RUN_NAME_VARIABLE: run_name() or _own_name(work_dir.parent),
         FRESH_VARIABLE: "1" if fresh else "",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
         "PYTHONUNBUFFERED": "1",
@@ -274,6 +276,11 @@ def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _own_name(output_dir: Path) -> str:
+    """Return a run's name: short, the same for each call on this directory, and another on another one."""
+    return f"{output_dir.name}-{hashlib.sha256(os.fsencode(output_dir)).hexdigest()[:6]}"
 
 
 def _failure(log: RunLog, work_dir: Path, stop: StopRequest, error: RuntimeError) -> BaseException:

@@ -209,10 +209,14 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
 
 
 def _variables(accelerators: Accelerators) -> list[Manifest]:
-    variables = {"KUBEGRAFT_LOG_FORMAT": "json"}
+    field = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
+    variables: list[Manifest] = [
+        {"name": "KUBEGRAFT_LOG_FORMAT", "value": "json"},
+        {"name": "KUBEGRAFT_RUN_NAME", "valueFrom": field},
+    ]
     if accelerators.count:
-        variables[REQUIRE_VARIABLE] = str(accelerators.count)
-    return [{"name": name, "value": value} for name, value in variables.items()]
+        variables.append({"name": REQUIRE_VARIABLE, "value": str(accelerators.count)})
+    return variables
 
 
 def _work_volume(setting: Setting) -> Manifest:

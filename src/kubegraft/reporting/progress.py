@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
 from types import TracebackType
 from typing import Final, Self
 
-from kubegraft.reporting.events import LOG_FORMAT_VARIABLE, log_event
+from kubegraft.reporting.events import log_event, log_is_json
 
 _LINE_SECONDS: Final = 10.0
 _BAR_SECONDS: Final = 0.1
@@ -31,7 +30,7 @@ class Progress:
         self.done = 0
         self._shown: dict[str, object] = {}
         self._started = self._last = time.monotonic()
-        self._bar = sys.stderr.isatty() and os.environ.get(LOG_FORMAT_VARIABLE) != "json"
+        self._bar = sys.stderr.isatty() and not log_is_json()
         self._interval_seconds = _BAR_SECONDS if self._bar else _LINE_SECONDS
 
     def update(self, num_done: int = 1, **shown: object) -> None:
