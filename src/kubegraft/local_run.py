@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from kubegraft.child_processes import StopRequest, stopping_children
 from kubegraft.config_file import to_values
 from kubegraft.errors import ConfigError, EnvironmentFault, Interrupted, KubegraftError
 from kubegraft.processes import ERROR_FILE, RUN_PID_VARIABLE, WORK_DIR_VARIABLE
+from kubegraft.reporting import metrics
 from kubegraft.reporting.events import RUN_NAME_VARIABLE, log_event, run_name
 from kubegraft.run_config import RunConfig, pipeline_parameters
 from kubegraft.run_log import RunLog, without_executor_echo
@@ -68,26 +69,32 @@ def run_locally(
         KubegraftError: What a stage raised, or what is wrong before any work.
         KeyboardInterrupt: If the user interrupted the run.
     """
-    started = time.monotonic()
     output_dir = Path(output).absolute()
-    check_before_work(run_config, output_dir)
+    with _variables({RUN_NAME_VARIABLE: run_name() or _own_name(output_dir)}), metrics.serving_run():
+        check_before_work(run_config, output_dir)
+        if publish_uri:
+            storage.check_target(output_dir, publish_uri)
+        with _locked(output_dir):
+            if if_changed and (earlier := unchanged_summary(run_config, output_dir, publish_uri)):
+                return earlier
+            return _run_and_publish(run_config, output_dir, os.fspath(output), publish_uri, fresh=fresh)
+
+
+def _run_and_publish(
+    run_config: RunConfig, output_dir: Path, output: str, publish_uri: str, *, fresh: bool
+) -> dict[str, Any]:
+    started = time.monotonic()
+    pipeline = without_retries(load_pipeline())
+    run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
+    results = read_results(run_dir)
+    publish(run_dir, output_dir)
+    summary = summarise(output, results, to_values(run_config), time.monotonic() - started)
     if publish_uri:
-        storage.check_target(output_dir, publish_uri)
-    with _locked(output_dir):
-        if if_changed and (earlier := unchanged_summary(run_config, output_dir, publish_uri)):
-            return earlier
-        pipeline = without_retries(load_pipeline())
-        run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
-        results = read_results(run_dir)
-        publish(run_dir, output_dir)
-        seconds = time.monotonic() - started
-        summary = summarise(os.fspath(output), results, to_values(run_config), seconds)
-        if publish_uri:
-            summary["published"] = storage.public_uri(publish_uri)
-        write_summary(summary, output_dir)
-        if publish_uri:
-            storage.publish_tree(output_dir, publish_uri, only=RESULTS)
-        tidy(run_dir, output_dir, results)
+        summary["published"] = storage.public_uri(publish_uri)
+    write_summary(summary, output_dir)
+    if publish_uri:
+        storage.publish_tree(output_dir, publish_uri, only=RESULTS)
+    tidy(run_dir, output_dir, results)
     return summary
 
 
@@ -233,7 +240,7 @@ def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, 
     (work_dir / ERROR_FILE).unlink(missing_ok=True)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
     with (
-        _environment(work_dir, fresh=fresh),
+        _variables(_for_stages(work_dir, fresh=fresh)),
         RunLog(output_dir / LOG_FILE) as log,
         stopping_children() as stop,
         warnings.catch_warnings(),
@@ -255,17 +262,20 @@ def _hide_folder_named_docker() -> None:
         sys.modules["docker"] = None  # type: ignore[assignment]  # importing it then says that it is not there
 
 
-@contextlib.contextmanager
-def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
-    """Set the variables that stage processes inherit, and set them back."""
-    changes = {
+def _for_stages(work_dir: Path, *, fresh: bool) -> dict[str, str]:
+    """Return the variables that stage processes inherit."""
+    return {
         WORK_DIR_VARIABLE: str(work_dir),
         RUN_PID_VARIABLE: str(os.getpid()),
-        RUN_NAME_VARIABLE: run_name() or _own_name(work_dir.parent),
         FRESH_VARIABLE: "1" if fresh else "",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+@contextlib.contextmanager
+def _variables(changes: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, and set them back."""
     earlier = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

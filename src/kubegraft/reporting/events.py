@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any, Final
 
+from kubegraft.reporting import metrics
+
 LOG_FORMAT_VARIABLE: Final = "KUBEGRAFT_LOG_FORMAT"
 RUN_NAME_VARIABLE: Final = "KUBEGRAFT_RUN_NAME"
 _RUN_PID_VARIABLE: Final = "KUBEGRAFT_RUN_PID"  # as in processes.py
@@ -54,6 +56,8 @@ def log_event(stage: str, event: str, **fields: Any) -> None:
         details = " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
         line = f"{time.strftime('%H:%M:%S')} {stage}: {event}{'  ' if details else ''}{details}"
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that prints
+    if metrics.wanted():
+        metrics.observe_event(stage, event, fields)
 
 
 def _time() -> str:
