@@ -11,7 +11,7 @@ def train_head(
     dataset_digest: str,
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
-    accelerator_count: int,
+    required_accelerators: int,
     seed: int,
     batch_size: int,
     num_epochs: int,
@@ -42,7 +42,7 @@ def train_head(
         dataset_digest: Digest of the dataset; makes KFP's cache see changed images.
         model: Model directory: `model.keras`, its metadata and history.
         metrics: Validation results.
-        accelerator_count: Accelerators that there must be; 0 takes what there is.
+        required_accelerators: Accelerators that there must be; 0 takes what there is.
 
     The other arguments are the fields of `kubegraft.config.HeadConfig`.
     """
@@ -54,7 +54,7 @@ def train_head(
     from kubegraft.training.head import train_head as run
 
     with exit_on_error("train_head"):
-        require_accelerators(accelerator_count)
+        require_accelerators(required_accelerators)
         require_digest(dataset.path, dataset_digest)
         result = run(dataset.path, model.path, from_arguments(HeadConfig, arguments))
         for name, value in result.metrics.items():

@@ -79,7 +79,7 @@ def execute(tmp_path):
     ("name", "values", "code", "kind", "reason"),
     [
         ("ingest", {"validation_fraction": 5.0}, 2, "ConfigError", "validation_fraction=5.0"),
-        ("train_head", {"accelerator_count": 1}, 9, "EnvironmentFault", "accelerator_count=1"),
+        ("train_head", {"required_accelerators": 1}, 9, "EnvironmentFault", "accelerator_count=1"),
         ("evaluate", {}, 4, "ModelError", "output directory of a kubegraft stage"),
     ],
 )

@@ -17,7 +17,7 @@ import components
 function = getattr(components, sys.argv[1]).python_func
 names = function.__code__.co_varnames[: function.__code__.co_argcount]
 artifact = SimpleNamespace(path=sys.argv[2], metadata={})
-values = dict.fromkeys(names, artifact) | {"dataset_digest": "none", "accelerator_count": 2}
+values = dict.fromkeys(names, artifact) | {"dataset_digest": "none", "required_accelerators": 2}
 function(**values)
 """
 
