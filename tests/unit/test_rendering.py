@@ -171,6 +171,7 @@ def test_accelerators_reach_the_pod():
     pod = pod_of(by_kind(render(*COMMANDS["job with everything"]))["Job"])
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert {"name": "KUBEGRAFT_REQUIRE_ACCELERATORS", "value": "2"} in container["env"]
     assert pod["nodeSelector"] == {"pool": "gpu"}
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
@@ -190,6 +191,10 @@ def test_the_image_is_the_pipelines_or_the_one_given(monkeypatch):
 
     released = f"kubegraft-train:{__version__}"
     assert image() == f"ghcr.io/kubegraft/{released}"
+    for_gpus = f"kubegraft-train-gpu:{__version__}"
+    assert image("--accelerator-count", "1") == f"ghcr.io/kubegraft/{for_gpus}"
+    assert image("--accelerator-count", "1", "--registry", "r.example") == f"r.example/{for_gpus}"
+    assert image("--accelerator-count", "1", "--image", "a:1") == "a:1"
     assert image("--registry", "registry.example/team") == f"registry.example/team/{released}"
     monkeypatch.setenv("KUBEGRAFT_REGISTRY", "registry.example")
     assert image() == f"registry.example/{released}"

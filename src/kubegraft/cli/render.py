@@ -51,7 +51,6 @@ _image_only_options = cluster_option_group(
         "--image",
         {
             "default": "",
-            "envvar": "KUBEGRAFT_TRAIN_IMAGE",
             "help": "Image of the task, with a tag that never moves.",
         },
     ),
@@ -118,7 +117,7 @@ def _with_setting(function: Command) -> Command:
             name=name,
             namespace=namespace,
             claim=claim,
-            image=released_image(image=image, registry="" if image else registry),
+            image=released_image(image=image, registry=registry, gpu=placement.accelerator_count > 0),
             service_account=pod_service_account or "kubegraft-task",
             cpu=cpu or "4",
             memory=memory or "8Gi",
