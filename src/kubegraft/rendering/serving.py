@@ -1,4 +1,4 @@
-"""A server for the exported model, TensorFlow Serving or kubegraft's own, with a Service; or KServe's InferenceService."""
+"""A server for the exported model: TensorFlow Serving, kubegraft's own, or KServe's InferenceService."""
 
 from __future__ import annotations
 
