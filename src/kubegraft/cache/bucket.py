@@ -51,10 +51,10 @@ class BucketShard:
     size: int
 
     @property
-    def written(self) -> int:
+    def written(self) -> float:
         """See the class."""
         try:
-            return int(self.stem.partition("-")[0], 16)
+            return int(self.stem.partition("-")[0], 16) / 1e9
         except ValueError:
             return 0
 

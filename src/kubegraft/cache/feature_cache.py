@@ -158,7 +158,7 @@ def _is_there(root: Path) -> bool:
             "a file. Name another place."
         ) from error
     except OSError as error:
-        if not root.is_dir():
+        if not os.path.isdir(root):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
             reason = f"{type(error).__name__}: {error}"
             log_event("cache", "off", reason=reason, remedy="set KUBEGRAFT_CACHE or XDG_CACHE_HOME")
             return False

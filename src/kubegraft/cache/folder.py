@@ -104,7 +104,7 @@ class SpaceFolder:
     def new_aside(self) -> Path:
         """Return a name for a file to write; `final_path` makes the shard's name of it."""
         host = platform.node().partition(".")[0] or "host"
-        stem = f"{int(time.time()):010x}-{secrets.token_hex(8)}"
+        stem = f"{time.time_ns():016x}-{secrets.token_hex(8)}"
         return self.path / f"{stem}.{host}.{os.getpid()}{WRITING}"
 
     def final_path(self, aside: Path) -> Path:
