@@ -26,7 +26,12 @@ POOLED = FeatureSpace(
     model_digest="1" * 64, preprocessing="p", input_size=32, kind="pooled", shape=(512,), backbone="tiny"
 )
 BOUNDARY = FeatureSpace(
-    model_digest="1" * 64, preprocessing="p", input_size=32, kind="boundary:3", shape=(7, 7, 300), dtype="float16"
+    model_digest="1" * 64,
+    preprocessing="p",
+    input_size=32,
+    kind="boundary:3",
+    shape=(7, 7, 300),
+    dtype="float16",
 )
 
 
@@ -137,5 +142,5 @@ def stop(pid):
 
 if __name__ == "__main__":
     outcome = storm(sys.argv[1], float(sys.argv[2]))
-    print(json.dumps(asdict(outcome)))
+    sys.stdout.write(json.dumps(asdict(outcome)))
     sys.exit(outcome.failures > 0)

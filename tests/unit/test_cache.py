@@ -89,7 +89,9 @@ def test_new_images_cost_no_more_than_themselves(tmp_path):
 def test_an_image_that_comes_twice_is_computed_once(tmp_path):
     numbers = np.array([3, 1, 3, 3, 2, 1])
     seen = []
-    filled = FeatureCache.open(tmp_path).fill(POOLED, keys_of(numbers), compute_from(values_of(numbers), seen))
+    filled = FeatureCache.open(tmp_path).fill(
+        POOLED, keys_of(numbers), compute_from(values_of(numbers), seen)
+    )
     assert seen == [0, 1, 4]
     assert np.array_equal(filled.values, values_of(numbers))
 
@@ -219,7 +221,7 @@ def test_keys_are_the_digests_of_a_manifest():
     ],
 )
 def test_keys_and_views_of_another_form_are_refused(tmp_path, keys, views):
-    with pytest.raises(ConfigError, match="`(keys|views)` must be"):
+    with pytest.raises(ConfigError, match=r"`(keys|views)` must be"):
         FeatureCache.open(tmp_path).reader(POOLED).lookup(keys, np.asarray(views))
 
 
@@ -237,7 +239,12 @@ def test_a_value_that_is_not_finite_is_not_kept(tmp_path):
     values[1, 3], values[2, 0] = np.nan, np.inf
     writer = keep(FeatureCache.open(tmp_path), range(4), values=values)
     assert (writer.num_kept, writer.num_refused) == (2, 2)
-    assert FeatureCache.open(tmp_path).reader(POOLED).lookup(keys_of(range(4))).tolist() == [True, False, False, True]
+    assert FeatureCache.open(tmp_path).reader(POOLED).lookup(keys_of(range(4))).tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_reader_takes_in_what_others_write(tmp_path):
@@ -549,7 +556,13 @@ def test_everything_can_be_pruned(tmp_path):
 def test_statistics_say_what_is_there(tmp_path):
     keep(FeatureCache.open(tmp_path), range(5))
     (only,) = stats(open_shelf(tmp_path))
-    assert (only.backbone, only.kind, only.input_size, only.entries, only.shards) == ("tiny", "pooled", 32, 5, 1)
+    assert (only.backbone, only.kind, only.input_size, only.entries, only.shards) == (
+        "tiny",
+        "pooled",
+        32,
+        5,
+        1,
+    )
     assert only.bytes == shards(tmp_path)[0].stat().st_size
     assert only.last_used.startswith("20")
 

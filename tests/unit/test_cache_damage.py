@@ -111,7 +111,10 @@ def test_a_hole_where_values_were_is_noticed(shard, tmp_path, capfd):
 def test_values_in_each_others_place_are_noticed(shard, tmp_path, capfd):
     content, size = bytearray(shard.read_bytes()), POOLED.value_bytes
     first, second = PAGE_BYTES, PAGE_BYTES + size
-    content[first:second], content[second : second + size] = content[second : second + size], content[first:second]
+    content[first:second], content[second : second + size] = (
+        content[second : second + size],
+        content[first:second],
+    )
     shard.write_bytes(content)
     assert_computed_again(tmp_path, capfd, NUM_ROWS - 2)
 
@@ -198,4 +201,9 @@ def test_files_of_others_are_left_alone(shard, tmp_path):
     (tmp_path / "v1" / "lost+found").mkdir()
     assert verify(open_shelf(tmp_path)).ok
     prune(open_shelf(tmp_path), everything=True)
-    assert sorted(path.name for path in shard.parent.iterdir()) == [".nfs0000001", "README", "notes.txt", "space.json"]
+    assert sorted(path.name for path in shard.parent.iterdir()) == [
+        ".nfs0000001",
+        "README",
+        "notes.txt",
+        "space.json",
+    ]

