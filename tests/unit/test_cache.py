@@ -247,6 +247,13 @@ def test_a_value_that_is_not_finite_is_not_kept(tmp_path):
     ]
 
 
+def test_bits_of_a_bfloat16_that_is_not_finite_are_not_kept(tmp_path):
+    bits = np.full((3, 24), 0x3F80, np.uint16)
+    bits[1, 5], bits[2, 5] = 0x7FC0, 0xFF80
+    writer = keep(FeatureCache.open(tmp_path), range(3), replace(POOLED, dtype="bfloat16"), bits)
+    assert (writer.num_kept, writer.num_refused) == (1, 2)
+
+
 def test_a_reader_takes_in_what_others_write(tmp_path):
     cache = FeatureCache.open(tmp_path)
     reader = cache.reader(POOLED)

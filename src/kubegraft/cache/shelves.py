@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def check_file(path: Path, space: str) -> Checked:
     except DamagedShard as error:
         return Checked(reason=str(error))
     except OSError as error:
+        if error.errno == errno.ESTALE:  # removed by another machine
+            return Checked(gone=True)
         return Checked(num_good, 0, f"{type(error).__name__}: {error}", unreadable=True)
     return Checked(num_good, num_rows - num_good)
 

@@ -28,7 +28,8 @@ SHARD_BYTES: Final = 256 * 2**20
 FLUSH_SECONDS: Final = 120.0
 _NUM_WAITING: Final = 2
 _NUM_TRIES: Final = 3
-_PIECE_BYTES: Final = 64 * 2**20
+_BFLOAT16_EXPONENT: Final = np.uint16(0x7F80)
+_PIECE_BYTES: Final = 16 * 2**20  # so that no more than 48 MiB wait or are written at any time
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +165,10 @@ class FeatureWriter:
             self._turn_off(f"{type(error).__name__}: {error}")
 
     def _write(self, rows: _Rows) -> None:
-        if rows.values.dtype.kind == "f":
-            finite = np.isfinite(rows.values.reshape(len(rows.keys), -1)).all(axis=1)
-            if not finite.all():  # such a value is a fault of the moment; kept, it would be one for ever
-                self.num_refused += int((~finite).sum())
-                rows = _Rows(rows.keys[finite], rows.views[finite], rows.values[finite])
+        finite = _finite(rows.values)
+        if not finite.all():  # such a value is a fault of the moment; kept, it would be one for ever
+            self.num_refused += int((~finite).sum())
+            rows = _Rows(rows.keys[finite], rows.views[finite], rows.values[finite])
         start = 0
         while start < len(rows.keys):
             if self._off:
@@ -221,3 +221,16 @@ class FeatureWriter:
             self.num_refused += self._shard.num_rows
             self._shard.discard()
             self._shard = None
+
+
+def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which rows hold no infinity and nothing that is not a number: `bool[n]`."""
+    rows = values.reshape(len(values), -1)
+    finite: NDArray[np.bool_]
+    if rows.dtype.kind == "f":
+        finite = np.isfinite(rows).all(axis=1)
+        return finite
+    if rows.dtype == np.uint16:  # the bits of bfloat16
+        finite = ((rows & _BFLOAT16_EXPONENT) != _BFLOAT16_EXPONENT).all(axis=1)
+        return finite
+    return np.ones(len(rows), bool)
