@@ -87,6 +87,8 @@ def work(directory, seed, log):
         if action < 0.05:
             if not verify(open_shelf(directory)).ok:
                 raise SystemExit("damage was found")
+        elif action < 0.055:
+            prune(open_shelf(directory), everything=True)
         elif action < 0.12:
             prune(open_shelf(directory), max_bytes=int(dice.integers(1_000_000, 20_000_000)))
         else:

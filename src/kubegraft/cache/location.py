@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,12 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 def cache_home() -> Path:
     """Return the folder for what this user's kubegraft may lose at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kubegraft"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "kubegraft"
+    try:
+        return Path.home() / ".cache" / "kubegraft"
+    except RuntimeError:  # a container's user may have no home
+        return Path(tempfile.gettempdir()) / f"kubegraft-{os.getuid()}"
 
 
 def default_location() -> str:

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -16,7 +17,17 @@ from numpy.typing import NDArray
 from kubegraft.cache.folder import KEYS, SHARD, SpaceFolder, touch
 from kubegraft.cache.index import Entries, KeyIndex
 from kubegraft.cache.keys import Keys, Views, checked
-from kubegraft.cache.shard_file import PAGE_BYTES, DamagedShard, Header, OpenShard, Table, row_crcs, table_of
+from kubegraft.cache.shard_file import (
+    PAGE_BYTES,
+    DamagedShard,
+    Header,
+    OpenShard,
+    Table,
+    bytes_of,
+    row_crcs,
+    rows_of,
+    table_of,
+)
 from kubegraft.cache.spaces import FeatureSpace
 from kubegraft.errors import ConfigError
 from kubegraft.reporting.events import log_event
@@ -25,7 +36,6 @@ if TYPE_CHECKING:
     from kubegraft.cache.bucket import BucketMirror
 
 _NUM_OPEN: Final = 128
-_PART_BYTES: Final = 8 * 2**20
 _TOUCH_SECONDS: Final = 600.0
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
@@ -117,6 +127,8 @@ class FeatureReader:
             while len(pending):
                 entries = self._index.find(keys[pending], views[pending])
                 pending, entries = pending[entries >= 0], entries[entries >= 0]
+                if not len(pending):
+                    break
                 good = self._read_entries(
                     entries, pending, values
                 )  # those that are not, are never found again
@@ -180,31 +192,33 @@ class FeatureReader:
     ) -> NDArray[np.bool_]:
         """Fill `values[positions]` with some entries; return which are good, having forgotten the others."""
         good = np.zeros(len(entries), bool)
+        content = bytes_of(values)
         order = np.argsort(entries, kind="stable")
         tables, rows = self._index.place(entries[order])
-        most = max(_PART_BYTES // self.space.value_bytes, 1)
-        for start, end in _runs(tables, rows, most):
-            part = order[start:end]
-            table = int(tables[start])
-            target, in_place = _rows_at(values, positions[part])
+        for start, end in _stretches(np.diff(tables) != 0):
+            part, table = order[start:end], int(tables[start])
+            places = positions[part]
             try:
-                self._opened(table).read(int(rows[start]), target)
+                shard = self._opened(table)
+                for row, targets in _targets(rows[start:end], places, content, self.space.value_bytes):
+                    shard.read(row, targets)
             except (DamagedShard, OSError) as error:
                 self._forget_shard(table, error)
                 continue
-            good[part] = self._verify(table, entries[part], target)
-            if not in_place:
-                values[positions[part]] = target
+            good[part] = self._verify(table, entries[part], places, content)
         return good
 
-    def _verify(self, table: int, entries: Entries, values: NDArray[Any]) -> NDArray[np.bool_]:
-        new = ~self._verified[entries]
-        if new.any():
-            rows = self._index.rows(entries[new])
-            self._verified[entries[new]] = row_crcs(rows["key"], rows["view"], values[new]) == rows["crc"]
+    def _verify(
+        self, table: int, entries: Entries, positions: NDArray[np.intp], content: memoryview
+    ) -> NDArray[np.bool_]:
+        new = np.flatnonzero(~self._verified[entries])
+        if len(new):
+            rows = rows_of(content, self.space.value_bytes, positions[new].tolist())
+            keys, views, expected = self._index.rows(entries[new])
+            self._verified[entries[new]] = row_crcs(keys, views, rows) == expected
         good: NDArray[np.bool_] = self._verified[entries]
         if not good.all():
-            bad = entries[~good]
+            bad = np.unique(entries[~good])
             self._index.forget(bad)
             self.num_damaged += len(bad)
             stem = self._shards[table][0]
@@ -267,20 +281,23 @@ def _load_keys(path: Any) -> tuple[Header, Table]:
     return header, table_of(header, content[PAGE_BYTES:])
 
 
-def _runs(tables: NDArray[np.int64], rows: NDArray[np.int64], most: int) -> list[tuple[int, int]]:
-    """Return [start, end) of stretches of consecutive rows of one table, of at most `most` rows."""
-    breaks = np.flatnonzero((np.diff(tables) != 0) | (np.diff(rows) != 1)) + 1
-    bounds = [0, *breaks.tolist(), len(rows)]
-    return [
-        (start, min(start + most, end))
-        for first, end in itertools.pairwise(bounds)
-        for start in range(first, end, most)
-    ]
+def _stretches(breaks: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield [start, end) of the stretches between breaks; `breaks[i]` is between i and i + 1."""
+    bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(breaks) + 1]
+    return itertools.pairwise(bounds)
 
 
-def _rows_at(values: NDArray[Any], positions: NDArray[np.intp]) -> tuple[NDArray[Any], bool]:
-    """Return an array to read rows into: that part of `values` itself where it is one stretch."""
-    first, count = int(positions[0]), len(positions)
-    if count == 1 or (int(positions[-1]) - first == count - 1 and (np.diff(positions) == 1).all()):
-        return values[first : first + count], True
-    return np.empty((count, *values.shape[1:]), values.dtype), False
+def _targets(
+    rows: NDArray[np.int64], positions: NDArray[np.intp], content: memoryview, value_bytes: int
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """Yield what to read at once: the first of consecutive rows, and where in `content` they go."""
+    row_steps = np.diff(rows) != 1
+    first, following, targets = int(rows[0]), int(rows[0]), list[memoryview]()
+    for start, end in _stretches(row_steps | (np.diff(positions) != 1)):
+        row, position, count = int(rows[start]), int(positions[start]), end - start
+        if row != following:
+            yield first, targets
+            first, targets = row, []
+        targets.append(content[value_bytes * position : value_bytes * (position + count)])
+        following = row + count
+    yield first, targets

@@ -19,7 +19,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,8 @@ ROW_DTYPE: Final = np.dtype([("key", "u1", 32), ("view", "<u4"), ("crc", "<u4")]
 _MAGIC: Final = b"KGFEATS1"
 _FIELDS: Final = struct.Struct("<8sQQ32s32s")
 _SEALED_BYTES: Final = PAGE_BYTES - 32
+_NAME_BYTES: Final = 36  # key and view
+_MOST_TARGETS: Final = 1024  # IOV_MAX of Linux and macOS
 Table = NDArray[np.void]
 
 
@@ -89,7 +91,17 @@ class Header:
         return cls(num_rows, value_bytes, space.hex(), table_sha256.hex())
 
 
-def row_crcs(keys: Keys, views: Views, values: NDArray[Any]) -> NDArray[np.uint32]:
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of a contiguous array, without a copy."""
+    return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
+def rows_of(content: memoryview, row_bytes: int, positions: Iterable[int]) -> Iterator[memoryview]:
+    """Yield the rows at some positions of an array's bytes, without a copy."""
+    return (content[row_bytes * position : row_bytes * (position + 1)] for position in positions)
+
+
+def row_crcs(keys: Keys, views: Views, rows: Iterable[memoryview]) -> NDArray[np.uint32]:
     """Return the checksum of each row: `uint32[n]`.
 
     It covers the key, so that a value that was written to another image's row is not taken for that image's.
@@ -97,14 +109,13 @@ def row_crcs(keys: Keys, views: Views, values: NDArray[Any]) -> NDArray[np.uint3
     Args:
         keys: `uint8[n, 32]`.
         views: `uint32[n]`.
-        values: `[n, ...]`, contiguous.
+        rows: Bytes of the n values.
     """
-    names = np.empty((len(keys), 36), np.uint8)
+    names = np.empty((len(keys), _NAME_BYTES), np.uint8)
     names[:, :32] = keys
     names[:, 32:] = views.astype("<u4").view(np.uint8).reshape(-1, 4)
-    rows = values.reshape(len(values), -1).view(np.uint8)
-    crcs = (zlib.crc32(row, zlib.crc32(name)) for name, row in zip(names, rows, strict=True))  # type: ignore[arg-type]
-    return np.fromiter(crcs, np.uint32, len(keys))
+    named = zip(rows_of(bytes_of(names), _NAME_BYTES, range(len(keys))), rows, strict=True)
+    return np.fromiter((zlib.crc32(row, zlib.crc32(name)) for name, row in named), np.uint32, len(keys))
 
 
 class OpenShard:
@@ -142,19 +153,30 @@ class OpenShard:
         content = self._bytes(self.header.num_rows * ROW_DTYPE.itemsize, self.header.table_offset)
         return table_of(self.header, content)
 
-    def read(self, row: int, target: NDArray[Any]) -> None:
-        """Fill `target`, which is contiguous, with the values from `row` on. They are not verified.
+    def read(self, row: int, targets: list[memoryview]) -> None:
+        """Fill `targets`, one after the other, with the values from `row` on. They are not verified.
 
         Raises:
             OSError: If they can't be read.
         """
-        view = _bytes_of(target)
         offset = PAGE_BYTES + row * self.header.value_bytes
-        while view:
-            count = os.preadv(self._fd, [view], offset)
-            if count == 0:
-                raise OSError("the file has become shorter")
-            view, offset = view[count:], offset + count
+        for start in range(0, len(targets), _MOST_TARGETS):
+            some = targets[start : start + _MOST_TARGETS]
+            num_bytes = sum(map(len, some))
+            if (
+                os.preadv(self._fd, some, offset) != num_bytes
+            ):  # so many at once that the kernel stops in between
+                self._read_in_parts(some, offset)
+            offset += num_bytes
+
+    def _read_in_parts(self, targets: list[memoryview], offset: int) -> None:
+        for target in targets:
+            rest = target
+            while rest:
+                count = os.preadv(self._fd, [rest], offset)
+                if count == 0:
+                    raise OSError("the file has become shorter")
+                rest, offset = rest[count:], offset + count
 
     def _bytes(self, count: int, offset: int) -> bytes:
         parts = []
@@ -210,8 +232,10 @@ class ShardWriter:
             OSError: If the system refuses.
         """
         table = np.empty(len(keys), ROW_DTYPE)
-        table["key"], table["view"], table["crc"] = keys, views, row_crcs(keys, views, values)
-        self._write(_bytes_of(values), PAGE_BYTES + self.num_bytes)
+        content = bytes_of(values)
+        rows = rows_of(content, self._value_bytes, range(len(keys)))
+        table["key"], table["view"], table["crc"] = keys, views, row_crcs(keys, views, rows)
+        self._write(content, PAGE_BYTES + self.num_bytes)
         self._tables.append(table)
         self.num_rows += len(keys)
 
@@ -250,11 +274,6 @@ class ShardWriter:
             view, offset = view[count:], offset + count
 
 
-def _bytes_of(array: NDArray[Any]) -> memoryview:
-    """Return the bytes of a contiguous array, without a copy."""
-    return memoryview(array.reshape(-1).view(np.uint8).data)
-
-
 def sync_directory(directory: Path) -> None:
     """Make a rename survive a power cut, where the file system can."""
     with contextlib.suppress(OSError):
@@ -277,5 +296,7 @@ def verified_parts(
     for start in range(0, len(table), num_rows):
         part = table[start : start + num_rows]
         values = np.empty((len(part), shard.header.value_bytes), np.uint8)
-        shard.read(start, values)
-        yield part, values, row_crcs(part["key"], part["view"], values) == part["crc"]
+        content = bytes_of(values)
+        shard.read(start, [content])
+        rows = rows_of(content, shard.header.value_bytes, range(len(part)))
+        yield part, values, row_crcs(part["key"], part["view"], rows) == part["crc"]

@@ -57,25 +57,26 @@ class DiskBudget:
         used_bytes = sum(file.size for file in files)
         excess = used_bytes - self.limit_bytes(used_bytes)
         old = [file for file in files if file.path.suffix == SHARD and file.used_ns < self.opened_ns]
+        old = [file for file in old if file.path != keep]
         if excess > sum(file.size for file in old):
             return False  # nothing would be gained by evicting some
-        evicted = evict_least_recent([file for file in old if file.path != keep], excess)
+        evicted = evict_least_recent(old, excess)
         if evicted:
             log_event(
                 "cache", "evicted", shards=len(evicted), mib=round(sum(f.size for f in evicted) / 2**20, 1)
             )
-        return True
+        return excess <= sum(file.size for file in evicted)
 
 
-def evict_least_recent(files: list[CacheFile], num_bytes: int, *, dry_run: bool = False) -> list[CacheFile]:
+def evict_least_recent(files: list[CacheFile], num_bytes: int) -> list[CacheFile]:
     """Remove the least recently used of `files` until `num_bytes` are gained, and return what was removed."""
     evicted: list[CacheFile] = []
     for file in sorted(files, key=lambda file: file.used_ns):
         if num_bytes <= 0:
             break
-        if dry_run or remove(file):
+        if remove(file):
             evicted.append(file)
-        num_bytes -= file.size
+            num_bytes -= file.size
     return evicted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from kubegraft.cache.shelves import Shelf, Stored
 from kubegraft.errors import ConfigError
 from kubegraft.reporting.events import log_event
+from kubegraft.reporting.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +137,12 @@ def verify(shelf: Shelf, *, remove: bool = True) -> Verification:
         remove: Whether to remove; otherwise only report.
     """
     result = Verification()
-    for digest in shelf.spaces():
-        for item in shelf.shards(digest):
+    stored = {digest: shelf.shards(digest) for digest in shelf.spaces()}
+    with Progress("cache", sum(map(len, stored.values())), "shards") as progress:
+        for item in itertools.chain.from_iterable(stored.values()):
             _verify(shelf, item, result, remove)
+            progress.update()
+    for digest in stored:
         for name in shelf.set_aside(digest, remove):
             result.damaged_shards += 1
             result.removed += remove

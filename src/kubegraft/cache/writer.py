@@ -203,6 +203,7 @@ class FeatureWriter:
         if not self._budget.make_room(shard.aside):
             self._turn_off("its budget is used up by what is in use")
             return
+        self._folder.create(self.space)  # `prune` may have removed the description of an empty folder
         if self._mirror is not None:
             final.with_suffix(PENDING).touch()
         try:
