@@ -96,6 +96,39 @@ def test_an_image_that_comes_twice_is_computed_once(tmp_path):
     assert np.array_equal(filled.values, values_of(numbers))
 
 
+def test_values_that_do_not_fit_in_memory_are_ensured_and_read_in_batches(tmp_path):
+    numbers = np.array([*range(40), 3, 4])
+    values, seen = values_of(numbers), []
+    keep(FeatureCache.open(tmp_path), range(10))
+    ensured = FeatureCache.open(tmp_path).ensure(POOLED, keys_of(numbers), compute_from(values, seen))
+    assert (ensured.num_found, ensured.num_computed, ensured.complete) == (12, 30, True)
+    assert seen == list(range(10, 40))
+    out = np.empty((8, 24), np.float32)
+    with ensured.reader as reader:
+        for batch in np.random.default_rng(0).permutation(40).reshape(5, 8):
+            assert reader.read(keys_of(batch), out=out)[1].all()
+            assert np.array_equal(out, values[batch])
+
+
+def test_what_has_no_room_is_said_to_be_missing(tmp_path):
+    values = values_of(range(1000))
+    for cache in (FeatureCache.open(tmp_path, 40_000), FeatureCache.open("none")):
+        ensured = cache.ensure(POOLED, keys_of(range(1000)), compute_from(values))
+        assert not ensured.complete
+    assert FeatureCache.open("none").room_bytes() == 0
+
+
+def test_room_is_what_the_budget_leaves_and_what_may_go(tmp_path):
+    assert FeatureCache.open(tmp_path, 100_000).room_bytes() == 100_000
+    cache = FeatureCache.open(tmp_path, 100_000)
+    keep(cache, range(100))
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert cache.room_bytes() == 100_000 - taken
+    set_last_use(shards(tmp_path)[0], days_ago=1)
+    later = FeatureCache.open(tmp_path, 100_000)
+    assert later.room_bytes() == 100_000 - taken + shards(tmp_path)[0].stat().st_size
+
+
 def test_a_pass_that_ends_early_keeps_what_it_had(tmp_path):
     cache, values, seen = FeatureCache.open(tmp_path), values_of(range(50)), []
 

@@ -147,6 +147,17 @@ def test_a_damaged_row_costs_that_row_only_and_the_good_ones_survive_verificatio
     assert seen == [5]
 
 
+def test_damage_is_found_before_training_reads_in_batches(shard, tmp_path):
+    content = bytearray(shard.read_bytes())
+    content[PLACES["a value"]] ^= 4
+    shard.write_bytes(content)
+    ensured = FeatureCache.open(tmp_path).ensure(POOLED, KEYS, compute_from(VALUES))
+    assert (ensured.num_found, ensured.num_computed, ensured.complete) == (NUM_ROWS - 1, 1, True)
+    values, found = ensured.reader.read(KEYS)
+    assert found.all()
+    assert np.array_equal(values, VALUES)
+
+
 def test_a_damaged_row_is_read_from_where_it_is_whole(shard, tmp_path):
     keep(FeatureCache.open(tmp_path), range(NUM_ROWS))
     for path, row in zip(shards(tmp_path), (2, 7), strict=True):

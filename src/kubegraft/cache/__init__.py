@@ -16,7 +16,7 @@ The training stages call `FeatureCache`, and the command line calls `upkeep`; th
 Nothing here raises because of what is on the disk: a value that is missing, damaged or can't be kept is computed again.
 """
 
-from kubegraft.cache.feature_cache import FeatureCache, Filled
+from kubegraft.cache.feature_cache import Ensured, FeatureCache, Filled
 from kubegraft.cache.keys import image_key, image_keys, view_seeds
 from kubegraft.cache.location import BUDGET_VARIABLE, CACHE_VARIABLE, default_location
 from kubegraft.cache.reader import FeatureReader
@@ -26,6 +26,7 @@ from kubegraft.cache.writer import FeatureWriter
 __all__ = [
     "BUDGET_VARIABLE",
     "CACHE_VARIABLE",
+    "Ensured",
     "FeatureCache",
     "FeatureReader",
     "FeatureSpace",

@@ -164,7 +164,7 @@ class BucketMirror:
             aside = folder.path / f"{stem}.{secrets.token_hex(4)}.{os.getpid()}.writing"
             try:
                 self._bucket.download(f"{folder.digest}/{stem}{SHARD}", aside)
-                if not self._budget.make_room(aside):
+                if not self._budget.make_room():
                     raise OSError("the budget of this machine's part is used up by what is in use")
                 aside.rename(folder.shard_path(stem))
             finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,23 @@ class Filled:
     values: NDArray[Any]
     num_found: int
     num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ensured:
+    """What `FeatureCache.ensure` did.
+
+    Attributes:
+        reader: Reads the values, batch by batch. Close it at the end.
+        num_found: Keys whose value was in the cache, and right.
+        num_computed: Values that were computed.
+        complete: Whether all values are there now; if not, the budget or the disk had no room for them.
+    """
+
+    reader: FeatureReader
+    num_found: int
+    num_computed: int
+    complete: bool
 
 
 class FeatureCache:
@@ -134,10 +151,49 @@ class FeatureCache:
         missing, repeated, source = _first_of_each(keys, views, np.flatnonzero(~found))
         if len(missing):
             with self.writer(space) as writer:
-                _compute_into(values, keys, views, missing, compute, writer)
+                for part, batch in _computed(missing, compute):
+                    writer.append(keys[part], batch, views[part])
+                    values[part] = (
+                        batch if batch.dtype == values.dtype else batch.view(values.dtype)
+                    )  # bfloat16
         values[repeated] = values[source]
         log_event("cache", "filled", kind=space.kind, found=int(found.sum()), computed=len(missing))
         return Filled(values, int(found.sum()), len(missing))
+
+    def ensure(self, space: FeatureSpace, keys: Keys, compute: Compute, *, views: int | Views = 0) -> Ensured:
+        """Make every value be in the cache, for values that don't fit in memory together.
+
+        Those that are there are read once, so that damage is found now and not in the middle of training.
+
+        Args:
+            space: What decides the values.
+            keys: `uint8[n, 32]`.
+            compute: As in `fill`.
+            views: Number of the view, or one for each key.
+
+        Raises:
+            ConfigError: As in `fill`.
+        """
+        keys, views = checked(keys, views)
+        reader = self.reader(space)
+        found = reader.verify(keys, views)
+        missing, _, _ = _first_of_each(keys, views, np.flatnonzero(~found))
+        if len(missing):
+            with self.writer(space) as writer:
+                for part, batch in _computed(missing, compute):
+                    writer.append(keys[part], batch, views[part])
+            reader.refresh()
+        log_event("cache", "ensured", kind=space.kind, found=int(found.sum()), computed=len(missing))
+        return Ensured(reader, int(found.sum()), len(missing), bool(reader.lookup(keys, views).all()))
+
+    def room_bytes(self) -> int:
+        """Return how many bytes of new values the cache can take; for plans that are made before any work."""
+        if self._budget is None:
+            return 0
+        try:
+            return self._budget.room_bytes() if os.access(self._budget.root, os.W_OK) else 0
+        except OSError:
+            return 0
 
     def _folder(self, space: FeatureSpace) -> SpaceFolder | None:
         return None if self._root is None else SpaceFolder(self._root, space.digest)
@@ -176,22 +232,15 @@ def _first_of_each(
     return missing[~repeated], missing[repeated], origin[repeated]
 
 
-def _compute_into(
-    values: NDArray[Any],
-    keys: Keys,
-    views: Views,
-    missing: NDArray[np.intp],
-    compute: Compute,
-    writer: FeatureWriter,
-) -> None:
+def _computed(missing: NDArray[np.intp], compute: Compute) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
+    """Yield indices with their values, as they are computed."""
     num_done = 0
     for computed in compute(missing):
         batch = np.asarray(computed)
         part = missing[num_done : num_done + len(batch)]
         if len(part) != len(batch):
             raise _wrong_number(len(missing), f"more than {len(missing)}")
-        writer.append(keys[part], batch, views[part])
-        values[part] = batch if batch.dtype == values.dtype else batch.view(values.dtype)  # bfloat16's bits
+        yield part, batch
         num_done += len(batch)
     if num_done != len(missing):
         raise _wrong_number(len(missing), str(num_done))

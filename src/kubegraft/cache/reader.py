@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kubegraft.cache.bucket import BucketMirror
 
 _NUM_OPEN: Final = 128
+_PART_BYTES: Final = 16 * 2**20
 _TOUCH_SECONDS: Final = 600.0
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
@@ -136,6 +137,25 @@ class FeatureReader:
                 pending = pending[~good]
         values[~found] = 0
         return values, found
+
+    def verify(self, keys: Keys, views: int | Views = 0) -> NDArray[np.bool_]:
+        """Return which values are there and right: `bool[n]`. What was not read before is read, in little memory.
+
+        Args:
+            keys: `uint8[n, 32]`.
+            views: Number of the view, or one for each key.
+
+        Raises:
+            ConfigError: If an argument has another shape or dtype.
+        """
+        keys, views = checked(keys, views)
+        step = max(_PART_BYTES // self.space.value_bytes, 1)
+        scratch = np.empty((min(step, len(keys)), *self.space.shape), self.space.stored_dtype)
+        good = np.zeros(len(keys), bool)
+        for start in range(0, len(keys), step):
+            part = slice(start, start + step)
+            good[part] = self.read(keys[part], views[part], scratch[: len(keys[part])])[1]
+        return good
 
     def close(self) -> None:
         """Close the files. What is read later opens them again."""

@@ -44,20 +44,24 @@ class DiskBudget:
         reserve = min(int(total * _RESERVE_FRACTION), _RESERVE_BYTES)
         return min(budget, used_bytes + free - reserve)
 
-    def make_room(self, keep: Path) -> bool:
-        """Evict the least recently used shards until the cache is within its budget; return whether it is.
-
-        Args:
-            keep: A file that is being written: it counts, and stays.
+    def room_bytes(self) -> int:
+        """Return how much more fits, if everything goes that may be evicted.
 
         Raises:
             OSError: If the file system can't be asked.
         """
-        files = list(all_files(self.root))
-        used_bytes = sum(file.size for file in files)
-        excess = used_bytes - self.limit_bytes(used_bytes)
-        old = [file for file in files if file.path.suffix == SHARD and file.used_ns < self.opened_ns]
-        old = [file for file in old if file.path != keep]
+        excess, old = self._excess()
+        return max(sum(file.size for file in old) - excess, 0)
+
+    def make_room(self) -> bool:
+        """Evict the least recently used shards until the cache is within its budget; return whether it is.
+
+        Unfinished files count, so a writer calls this before it renames its own.
+
+        Raises:
+            OSError: If the file system can't be asked.
+        """
+        excess, old = self._excess()
         if excess > sum(file.size for file in old):
             return False  # nothing would be gained by evicting some
         evicted = evict_least_recent(old, excess)
@@ -67,6 +71,13 @@ class DiskBudget:
             )
         return excess <= sum(file.size for file in evicted)
 
+    def _excess(self) -> tuple[int, list[CacheFile]]:
+        """Return by how much the cache is too large, negative if it is not, and the shards that may be evicted."""
+        files = list(all_files(self.root))
+        used_bytes = sum(file.size for file in files)
+        old = [file for file in files if file.path.suffix == SHARD and file.used_ns < self.opened_ns]
+        return used_bytes - self.limit_bytes(used_bytes), old
+
 
 def evict_least_recent(files: list[CacheFile], num_bytes: int) -> list[CacheFile]:
     """Remove the least recently used of `files` until `num_bytes` are gained, and return what was removed."""
@@ -74,7 +85,7 @@ def evict_least_recent(files: list[CacheFile], num_bytes: int) -> list[CacheFile
     for file in sorted(files, key=lambda file: file.used_ns):
         if num_bytes <= 0:
             break
-        if remove(file):
+        if remove(file) or not file.path.exists():  # by this process or another
             evicted.append(file)
             num_bytes -= file.size
     return evicted
