@@ -366,6 +366,15 @@ def test_repetitions_are_harmless_and_go_with_pruning(tmp_path):
     assert (again.duplicate_rows, again.merged_shards) == (0, 0)
 
 
+def test_many_short_runs_do_not_leave_many_files(tmp_path):
+    for number in range(70):
+        keep(FeatureCache.open(tmp_path), [number])
+    assert len(shards(tmp_path)) < 10
+    values, found = FeatureCache.open(tmp_path).reader(POOLED).read(keys_of(range(70)))
+    assert found.all()
+    assert np.array_equal(values, values_of(range(70)))
+
+
 def test_no_cache_computes_everything_and_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBEGRAFT_CACHE", "none")
     cache = FeatureCache.open()

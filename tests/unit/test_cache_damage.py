@@ -218,3 +218,47 @@ def test_files_of_others_are_left_alone(shard, tmp_path):
         "notes.txt",
         "space.json",
     ]
+
+
+def flip(dice, content, path):
+    for _ in range(dice.integers(1, 5)):
+        content[dice.integers(len(content))] ^= int(dice.integers(1, 256))
+    return content
+
+
+def cut(dice, content, path):
+    return content[: dice.integers(len(content))]
+
+
+def empty_range(dice, content, path):
+    start = int(dice.integers(len(content)))
+    end = min(start + int(dice.integers(1, 3000)), len(content))
+    content[start:end] = bytes(end - start)
+    return content
+
+
+def doubled(dice, content, path):
+    return content + content[-int(dice.integers(1, len(content))) :]
+
+
+def another(dice, content, path):
+    return bytearray(shards(path.parents[2])[0].read_bytes())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_to_the_files_the_values_are_right(tmp_path, seed):
+    dice = np.random.default_rng(seed)
+    for start in range(0, NUM_ROWS, 3):
+        keep(FeatureCache.open(tmp_path), range(start, start + 3 + int(dice.integers(3))))
+    for path in shards(tmp_path):
+        if dice.random() < 0.6:
+            change = (flip, cut, empty_range, doubled, another)[dice.integers(5)]
+            path.write_bytes(change(dice, bytearray(path.read_bytes()), path))
+    for _ in range(2):
+        filled = FeatureCache.open(tmp_path).fill(POOLED, KEYS, compute_from(VALUES))
+        assert np.array_equal(filled.values, VALUES)
+    assert filled.num_found == NUM_ROWS
+    prune(open_shelf(tmp_path))
+    verify(open_shelf(tmp_path))
+    assert verify(open_shelf(tmp_path)).ok
+    assert np.array_equal(FeatureCache.open(tmp_path).fill(POOLED, KEYS, compute_from(VALUES)).values, VALUES)

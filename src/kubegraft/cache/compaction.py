@@ -19,6 +19,8 @@ from kubegraft.cache.shard_file import DamagedShard, OpenShard, ShardWriter, Tab
 from kubegraft.reporting.events import log_event
 
 SHARD_BYTES: Final = 256 * 2**20
+_SMALLEST_BYTES: Final = 8 * 2**20
+_MANY: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +33,32 @@ class _Source:
         return int((~self.first).sum())
 
 
-def compact(folder: SpaceFolder, *, dry_run: bool = False, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
+def merge_if_many(folder: SpaceFolder) -> None:
+    """Merge the smallest shards when there are many, as short runs leave them: each costs every reader an opening."""
+    if sum(file.size < _SMALLEST_BYTES for file in folder.files(SHARD)) > _MANY:
+        compact(folder, small_bytes=_SMALLEST_BYTES)
+
+
+def compact(
+    folder: SpaceFolder, *, dry_run: bool = False, small_bytes: int = SHARD_BYTES // 2
+) -> tuple[int, int]:
     """Drop repeated rows and merge small shards.
+
+    Args:
+        folder: The shards.
+        dry_run: Whether only to count.
+        small_bytes: Shards of less are merged.
 
     Returns:
         Number of repeated rows, and of shards that were rewritten.
     """
     sources = _sources(folder)
-    small = [source for source in sources if source.file.size < shard_bytes // 2]
+    small = [source for source in sources if source.file.size < small_bytes]
     merging = {source.file.stem for source in small} if len(small) > 1 else set()
     chosen = [source for source in sources if source.num_repeated or source.file.stem in merging]
     num_repeated = sum(source.num_repeated for source in chosen)
     num_rewritten = 0
-    for group in _groups(chosen, shard_bytes):
+    for group in _groups(chosen):
         if dry_run or _rewrite(folder, group):
             num_rewritten += len(group)
     return num_repeated, num_rewritten
@@ -75,11 +90,11 @@ def _sources(folder: SpaceFolder) -> list[_Source]:
     return sources
 
 
-def _groups(sources: list[_Source], shard_bytes: int) -> list[list[_Source]]:
+def _groups(sources: list[_Source]) -> list[list[_Source]]:
     groups: list[list[_Source]] = []
-    num_bytes = shard_bytes
+    num_bytes = SHARD_BYTES
     for source in sources:
-        if num_bytes + source.file.size > shard_bytes:
+        if num_bytes + source.file.size > SHARD_BYTES:
             groups.append([])
             num_bytes = 0
         groups[-1].append(source)

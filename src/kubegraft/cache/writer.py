@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kubegraft.cache.compaction import SHARD_BYTES, merge_if_many
 from kubegraft.cache.folder import PENDING, SpaceFolder
 from kubegraft.cache.keys import Keys, Views, checked
 from kubegraft.cache.shard_file import ShardWriter
@@ -24,7 +25,6 @@ from kubegraft.reporting.events import log_event
 if TYPE_CHECKING:
     from kubegraft.cache.bucket import BucketMirror
 
-SHARD_BYTES: Final = 256 * 2**20
 FLUSH_SECONDS: Final = 120.0
 _NUM_WAITING: Final = 2
 _NUM_TRIES: Final = 3
@@ -115,8 +115,8 @@ class FeatureWriter:
             self._waiting.put(None)
             self._thread.join()
             self._thread = None
-            if self._mirror is not None and self._folder is not None:
-                self._mirror.push(self._folder)
+            if self._folder is not None:
+                self._hand_over(self._folder)
         if self._failure is not None:
             raise self._failure
 
@@ -129,6 +129,12 @@ class FeatureWriter:
     ) -> None:
         """Close it, whatever ended the block: what was appended is right."""
         self.close()
+
+    def _hand_over(self, folder: SpaceFolder) -> None:
+        if self._mirror is not None:
+            self._mirror.push(folder)
+        elif not self._off:
+            merge_if_many(folder)
 
     def _checked_values(self, values: NDArray[Any], num_rows: int) -> NDArray[Any]:
         if values.dtype.name == self.space.dtype == "bfloat16":
