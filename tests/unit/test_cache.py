@@ -226,6 +226,28 @@ def test_views_of_an_image_are_values_of_their_own(tmp_path):
     assert np.array_equal(values[found], values_of((numbers + 100 * views)[found]))
 
 
+def test_keys_that_begin_alike_are_told_apart(tmp_path):
+    keys = np.random.default_rng(0).integers(0, 256, (60, 32), np.uint8)
+    keys[:40, :8] = keys[0, :8]
+    keys[20:40] = keys[:20]
+    keys[20:40, 31] ^= 1
+    with FeatureCache.open(tmp_path).writer(POOLED) as writer:
+        writer.append(keys[::2], values_of(range(0, 60, 2)))
+    values, found = FeatureCache.open(tmp_path).reader(POOLED).read(keys)
+    assert np.flatnonzero(found).tolist() == list(range(0, 60, 2))
+    assert np.array_equal(values[::2], values_of(range(0, 60, 2)))
+
+
+def test_keys_may_be_a_mapped_file(tmp_path):
+    np.save(tmp_path / "train.sha256.npy", keys_of(range(9)))
+    keys = np.load(tmp_path / "train.sha256.npy", mmap_mode="r")
+    values = values_of(range(9))
+    for _ in range(2):
+        filled = FeatureCache.open(tmp_path / "cache").fill(POOLED, keys, compute_from(values))
+        assert np.array_equal(filled.values, values)
+    assert filled.num_found == 9
+
+
 def test_seeds_of_views_depend_on_image_number_and_augmentation_only():
     keys = keys_of(range(100))
     seeds = np.concatenate([view_seeds(keys, view, digest) for view in (1, 2) for digest in ("a", "b")])

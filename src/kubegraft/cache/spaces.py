@@ -59,7 +59,8 @@ class FeatureSpace:
         Raises:
             ConfigError: If one breaks its rule.
         """
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))  # numpy's are no JSON
+        object.__setattr__(self, "input_size", int(self.input_size))
         if not _DIGEST.fullmatch(self.model_digest):
             raise _broken("model_digest", "be 64 hex digits, lower case", self.model_digest)
         if not _KIND.fullmatch(self.kind):
