@@ -231,12 +231,13 @@ class FeatureReader:
     def _verify(
         self, table: int, entries: Entries, positions: NDArray[np.intp], content: memoryview
     ) -> NDArray[np.bool_]:
+        good = np.ones(len(entries), bool)
         new = np.flatnonzero(~self._verified[entries])
         if len(new):
             rows = rows_of(content, self.space.value_bytes, positions[new].tolist())
             keys, views, expected = self._index.rows(entries[new])
-            self._verified[entries[new]] = row_crcs(keys, views, rows) == expected
-        good: NDArray[np.bool_] = self._verified[entries]
+            good[new] = row_crcs(keys, views, rows) == expected
+            self._verified[entries[good]] = True
         if not good.all():
             bad = np.unique(entries[~good])
             self._index.forget(bad)
