@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -31,6 +33,21 @@ _CHOICES: Final = {
     "mixed_precision": choices.MIXED_PRECISION,
 }
 _METAVARS: Final = {"int": "INTEGER", "float": "NUMBER", "str": "TEXT"}
+_CACHE_FLAGS: Final = (
+    (
+        "--cache",
+        "KUBEGRAFT_CACHE",
+        "LOCATION",
+        "Where features are kept for later runs: a directory, a gs:// or s3:// URI, or 'none'.  [default: the user's "
+        "cache directory]",
+    ),
+    (
+        "--cache-budget",
+        "KUBEGRAFT_CACHE_BUDGET",
+        "SIZE",
+        "Most that the cache may take on this machine, such as 20GiB.  [default: 50 GiB or a fifth of the disk]",
+    ),
+)
 
 Command = Callable[..., Any]
 if TYPE_CHECKING:
@@ -231,3 +248,36 @@ def json_option(function: Command) -> Command:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document; what is for people goes to stderr."
     )(function)
+
+
+def cache_options(function: Command) -> Command:
+    """Add `--cache` and `--cache-budget`. They become environment variables for this call and the stages it starts.
+
+    They are no fields of a config: where features are kept changes no result, and must not change a stage's key.
+    """
+    for flag, variable, metavar, help_text in reversed(_CACHE_FLAGS):
+        function = click.option(
+            flag,
+            envvar=variable,
+            metavar=metavar,
+            expose_value=False,
+            callback=functools.partial(_set_for_this_call, variable),
+            help=help_text,
+        )(function)
+    return function
+
+
+def _set_for_this_call(variable: str, ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if not value or value == os.environ.get(variable) or ctx.resilient_parsing:
+        return
+    earlier = os.environ.get(variable)
+    is_path = variable == _CACHE_FLAGS[0][1] and "://" not in value and value != "none"
+    os.environ[variable] = str(Path(value).expanduser().absolute()) if is_path else value
+    ctx.call_on_close(lambda: _restore(variable, earlier))
+
+
+def _restore(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value

@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from kubegraft.cli.group import DebugOption
-from kubegraft.cli.options import SectionedCommand, config_options, input_argument, json_option, output_option
+from kubegraft.cli.options import (
+    SectionedCommand,
+    cache_options,
+    config_options,
+    input_argument,
+    json_option,
+    output_option,
+)
 from kubegraft.cli.output import print_facts, print_json, program
 from kubegraft.run_config import STAGES, RunConfig
 
@@ -38,6 +45,7 @@ from kubegraft.run_config import STAGES, RunConfig
     is_flag=True,
     help="End at once where images, config and kubegraft are those of the run before; for schedules.",
 )
+@cache_options
 @json_option
 @config_options(STAGES, flat=True)
 @DebugOption.decorate

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kubegraft.cli.group import DebugOption
-from kubegraft.cli.options import SectionedCommand, config_options, input_argument, json_option, output_option
+from kubegraft.cli.options import (
+    SectionedCommand,
+    cache_options,
+    config_options,
+    input_argument,
+    json_option,
+    output_option,
+)
 from kubegraft.cli.output import print_facts, print_json, program, stdout_to_stderr
 from kubegraft.run_config import RunConfig
 
@@ -48,6 +55,7 @@ def ingest(output: str, run_config: RunConfig, as_json: bool) -> None:
 @click.command("train-head", cls=SectionedCommand)
 @_DATASET
 @_OUTPUT
+@cache_options
 @json_option
 @config_options(["head"], flat=False)
 @DebugOption.decorate
@@ -64,6 +72,7 @@ def train_head(dataset: str, output: str, run_config: RunConfig, as_json: bool) 
 @_DATASET
 @input_argument("model", "Output directory of `kubegraft train-head`.", type=_DIRECTORY)
 @_OUTPUT
+@cache_options
 @json_option
 @config_options(["fine_tune"], flat=False)
 @DebugOption.decorate
