@@ -32,6 +32,9 @@ __all__ = [
 
 # Below this share of the mean variance a feature counts as constant, and is only centred.
 _CONSTANT_SHARE: Final = 1e-6
+# No feature is scaled up by more than this share's root against the average one: what hardly varies in
+# training may well do so elsewhere, and a head would be at the mercy of it.
+_SMALLEST_SHARE: Final = 1e-2
 # A random backbone may shrink its features to almost nothing; float32 ends at 1e-38, its reciprocal too.
 _SMALLEST_VARIANCE: Final = 1e-30
 
@@ -79,8 +82,9 @@ class ClassifierParts:
     def set_standardisation(self, mean: np.ndarray, variance: np.ndarray) -> None:
         """Make the head see features of mean 0 and variance 1.
 
-        A feature that is (almost) constant in training is centred only: dividing by its tiny deviation would
-        let it explode on the first image in which it isn't constant.
+        A feature that is (almost) constant in training is centred only, and the variance of others counts as
+        at least a hundredth of the average one: dividing by a tiny deviation would let a feature explode on
+        the first image in which it isn't constant, and as soon as fine-tuning moves it.
 
         Args:
             mean: `float[dim]`, over the training split.
@@ -88,7 +92,8 @@ class ClassifierParts:
         """
         variance = np.asarray(variance, np.float64)
         constant = variance <= max(_CONSTANT_SHARE * variance.mean(), _SMALLEST_VARIANCE)
-        self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, variance)])
+        floored = np.maximum(variance, _SMALLEST_SHARE * variance.mean())
+        self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, floored)])
 
 
 def build_classifier(

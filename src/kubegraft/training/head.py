@@ -9,23 +9,25 @@ from typing import Any
 import numpy as np
 
 from kubegraft import tensorflow_setup
-from kubegraft.config import HeadConfig
+from kubegraft.config import AUTO, HeadConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
 from kubegraft.modeling.backbones import Backbone, get_backbone
 from kubegraft.modeling.classifier import ClassifierParts, build_classifier, parts
 from kubegraft.modeling.freezing import freeze_backbone
 from kubegraft.modeling.weights import check_weights
-from kubegraft.recipes import resolve_head
+from kubegraft.recipes import Choice, resolve_head
 from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
 from kubegraft.training.features import extract_features
+from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
 from kubegraft.training.loop import History, train
 from kubegraft.training.outputs import digest_of_variables, require_images, require_unmoved, write_model
-from kubegraft.training.plans import loop_config, transforms_of
+from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
 from kubegraft.training.sources import FeatureSource, ImageSource
+from kubegraft.training.standardisation import feature_moments
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnFeatures
 
 
@@ -35,7 +37,8 @@ def train_head(
     """Train a head on the frozen backbone and write a model directory.
 
     The backbone runs in inference mode and does not change by one bit; this is checked. Without
-    augmentation its forward pass is computed once per image, and the head trains on the pooled features.
+    augmentation its forward pass is computed once per image, and the head trains on the pooled features: a
+    linear one is solved for (`linear_head`), others go through the loop.
 
     Args:
         dataset_dir: Output of `ingest`.
@@ -134,6 +137,8 @@ class _HeadTraining:
     def _train(self, model_parts: ClassifierParts) -> History:
         train_features = self._features("train", model_parts)
         _standardise(model_parts, train_features.features)
+        if self.config.solver == "lbfgs":
+            return self._solve(model_parts, train_features, self._features("validation", model_parts))
         transforms, mixup_alpha = transforms_of(self.config.augmentation)
         trainable: HeadOnFeatures | HeadOnBackbone
         if transforms:
@@ -146,6 +151,36 @@ class _HeadTraining:
             self.config, self.manifest, phase="train_head", warmup_fraction=0.05, mixup_alpha=mixup_alpha
         )
         return train(self.strategy, trainable, sources, plan, self.workspace.scratch / "last.ckpt")
+
+    def _solve(
+        self, model_parts: ClassifierParts, train_features: FeatureSource, validation_features: FeatureSource
+    ) -> History:
+        mean, variance = (np.asarray(each, np.float64) for each in model_parts.standardise.get_weights())
+        weighted = self.config.class_weights == "balanced"
+        problem = LinearProblem(
+            train=train_features,
+            validation=validation_features,
+            num_classes=len(self.manifest.classes),
+            mean=mean,
+            variance=variance,
+            label_smoothing=self.config.label_smoothing,
+            class_weights=class_weights_of(self.manifest) if weighted else None,
+        )
+        given = self.config.weight_decay
+        fit = fit_linear_head(
+            problem,
+            decays=DECAYS if given == AUTO else (given,),
+            time_budget_seconds=self.config.time_budget_seconds,
+        )
+        logits = model_parts.head_layers[-1]
+        history = history_of(fit, start=measure(problem, *logits.get_weights()))
+        solution = fit.chosen.solution
+        logits.set_weights([solution.kernel.astype(np.float32), solution.bias.astype(np.float32)])
+        choice = Choice("weight_decay", solution.decay, "set by the user" if given != AUTO else fit.reason)
+        log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        self.choices = (*self.choices, choice)
+        self.config = dataclasses.replace(self.config, weight_decay=solution.decay)
+        return history
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
         reader = SplitReader(self.dataset_dir, self.manifest, split)
@@ -167,11 +202,5 @@ class _HeadTraining:
 
 
 def _standardise(model_parts: ClassifierParts, features: np.ndarray) -> None:
-    """Give the head the mean and variance of the training features, in float64 and in chunks."""
-    count, total, squares = len(features), np.zeros(features.shape[1]), np.zeros(features.shape[1])
-    for start in range(0, count, 4096):
-        chunk = np.asarray(features[start : start + 4096], np.float64)
-        total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)
-    mean = total / count
-    variance = np.maximum(squares / count - mean**2, 0.0)
-    model_parts.set_standardisation(mean, variance)
+    """Give the head the mean and variance of the training features."""
+    model_parts.set_standardisation(*feature_moments(features))

@@ -76,12 +76,21 @@ class LoopConfig:
 
 @dataclass(slots=True)
 class History:
-    """What happened, epoch by epoch; `best_epoch` is -1 while nothing beats the start."""
+    """What happened, epoch by epoch; `best_epoch` is -1 while nothing beats the start.
+
+    Attributes:
+        start: Validation results before the first epoch.
+        epochs: Results after each epoch; with the solver `lbfgs`, of each weight decay from strong to weak.
+        best_epoch: Index in `epochs` of what is kept.
+        stopped: Why it ended.
+        solver: `adamw` or `lbfgs`.
+    """
 
     start: dict[str, float] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
     stopped: str = ""
+    solver: str = "adamw"
 
     @property
     def best(self) -> dict[str, float]:
