@@ -99,7 +99,7 @@ def resolve_head(
         "class_weights": _class_weights(facts),
         "solver": _solver(config),
     }
-    if "lbfgs" in (config.solver, proposals["solver"][0]):
+    if (proposals["solver"][0] if config.solver == AUTO_NAME else config.solver) == "lbfgs":
         # These stay open: nothing uses them, and the decay is chosen on validation.
         proposals = {
             name: each for name, each in proposals.items() if name not in (*ADAMW_FIELDS, "weight_decay")

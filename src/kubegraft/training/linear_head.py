@@ -12,7 +12,7 @@ import numpy as np
 from kubegraft.errors import Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.events import log_event
-from kubegraft.training.softmax_regression import Solution, SoftmaxRegression, loss_and_correct
+from kubegraft.training.softmax_regression import SoftmaxRegression, Solution, loss_and_correct
 
 if TYPE_CHECKING:
     from kubegraft.training.loop import History

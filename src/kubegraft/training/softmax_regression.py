@@ -232,8 +232,7 @@ class SoftmaxRegression:
 
     @property
     def _width(self) -> int:
-        dim, rank = self._axes.shape
-        return rank if self._resident is not None else dim
+        return len(self._axes if self._resident is None else self._axes.T)
 
     def _logits(self, coefficients: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Yield rows, inputs and logits of each chunk."""
