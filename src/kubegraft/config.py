@@ -284,11 +284,12 @@ class HeadConfig(TrainingConfig):
             )
 
     def _check_solver(self) -> None:
-        if self.search_seconds and self.augmentation not in (AUTO_NAME, "none"):
+        if self.search_seconds and (self.augmentation not in (AUTO_NAME, "none") or self.solver != AUTO_NAME):
             raise ConfigError(
-                "`search_seconds` must be 0 where training images are augmented: heads are compared on features "
-                f"that are computed once. Received: search_seconds={self.search_seconds:g}, "
-                f"augmentation={self.augmentation!r}. Use augmentation='none', or search_seconds=0."
+                "`search_seconds` must be 0 where training images are augmented or the solver is set: heads are "
+                "compared on features that are computed once, each with its own solver. Received: "
+                f"search_seconds={self.search_seconds:g}, augmentation={self.augmentation!r}, "
+                f"solver={self.solver!r}. Use augmentation='none' and solver='auto', or search_seconds=0."
             )
         if self.solver != "lbfgs":
             return

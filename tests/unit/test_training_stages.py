@@ -177,6 +177,17 @@ def test_a_head_that_nobody_chose_numbers_for_is_solved_for(dataset, tmp_path):
     assert said_again.metrics["validation_loss"] == pytest.approx(kept["validation_loss"], abs=1e-3)
 
 
+def test_a_searched_head_is_trained_on_all_of_the_training_split(dataset, tmp_path):
+    options = {"search_seconds": 1e-6, "head": "mlp", "hidden_units": (4,)}
+    train_head(dataset, tmp_path / "model", HeadConfig(**SOLVED | options))
+    loaded = load_classifier(tmp_path / "model")
+    assert loaded.metadata["head"]["head"] == "linear"
+    assert [layer.name for layer in parts(loaded.model).head_layers] == ["standardise", "dropout", "logits"]
+    choices = {choice["name"]: choice for choice in loaded.metadata["choices"]}
+    assert "cross-validation" in choices["head"]["reason"]
+    assert choices["solver"]["value"] == "lbfgs"
+
+
 def test_a_stopped_head_comes_to_the_same_head(dataset, tmp_path, monkeypatch):
     from kubegraft.errors import Interrupted
     from kubegraft.training import linear_head

@@ -22,8 +22,10 @@ from kubegraft.modeling.precision import with_policy
 __all__ = [
     "ClassifierParts",
     "HeadOptions",
+    "HeadParts",
     "LoadedClassifier",
     "build_classifier",
+    "build_head",
     "load_classifier",
     "model_digest",
     "parts",
@@ -94,6 +96,34 @@ class ClassifierParts:
         constant = variance <= max(_CONSTANT_SHARE * variance.mean(), _SMALLEST_VARIANCE)
         floored = np.maximum(variance, _SMALLEST_SHARE * variance.mean())
         self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, floored)])
+
+
+@dataclass(frozen=True, slots=True)
+class HeadParts:
+    """A head alone; its layers take standardised features.
+
+    Attributes:
+        head_layers: Standardised features to logits, in order.
+    """
+
+    head_layers: tuple[Any, ...]
+
+
+def build_head(dim: int, num_classes: int, options: HeadOptions) -> tuple[Any, ...]:
+    """Return the trainable layers of a head as `build_classifier` makes them, without a backbone.
+
+    Args:
+        dim: Length of a feature vector.
+        num_classes: Number of classes.
+        options: Head and seed.
+    """
+    with repeatable(options.seed + 1):
+        _pool, _standardise, *layers = _head_layers(num_classes, options)
+        features = outputs = keras.Input((dim,))
+        for layer in layers:
+            outputs = layer(outputs)
+        keras.Model(features, outputs)
+    return tuple(layers)
 
 
 def build_classifier(

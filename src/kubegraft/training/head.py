@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_st
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
 from kubegraft.training.features import extract_features
+from kubegraft.training.head_search import SearchData, search_head
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
 from kubegraft.training.loop import History, train
 from kubegraft.training.outputs import digest_of_variables, require_images, require_unmoved, write_model
@@ -29,6 +30,8 @@ from kubegraft.training.plans import class_weights_of, loop_config, transforms_o
 from kubegraft.training.sources import FeatureSource, ImageSource
 from kubegraft.training.standardisation import feature_moments
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnFeatures
+
+_WARMUP_FRACTION: Final = 0.05
 
 
 def train_head(
@@ -86,28 +89,27 @@ class _HeadTraining:
             workspace,
         )
         self.strategy = make_strategy()
-        resolved, self.choices = resolve_head(
-            config,
-            manifest.facts,
-            native_input_size=backbone.native_input_size,
-            accepted_input_size=backbone.accepted_input_size,
-        )
-        backbone.check_input_size(resolved.input_size)
-        batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
-        self.config = dataclasses.replace(resolved, batch_size=batch_size)
+        self.given = config
+        self.config, self.choices = self._resolved(config)
         for choice in self.choices:
             log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
+    def _resolved(self, config: HeadConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
+        resolved, choices = resolve_head(
+            config,
+            self.manifest.facts,
+            native_input_size=self.backbone.native_input_size,
+            accepted_input_size=self.backbone.accepted_input_size,
+        )
+        self.backbone.check_input_size(resolved.input_size)
+        batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
+        return dataclasses.replace(resolved, batch_size=batch_size), choices
+
     def run(self) -> Outcome:
-        with self.strategy.scope():
-            model = build_classifier(
-                self.backbone,
-                self.config.input_size,
-                self.manifest.classes,
-                self.config,
-                policy=precision_policy(self.config.mixed_precision),
-            )
-        freeze_backbone(model)
+        model = self._built()
+        if self.config.search_seconds:
+            self._search(parts(model))
+            model = self._built()
         model_parts = parts(model)
         frozen = digest_of_variables(model_parts.backbone.variables)
         history = self._train(model_parts)
@@ -134,6 +136,41 @@ class _HeadTraining:
             facts=facts,
         )
 
+    def _built(self) -> Any:
+        with self.strategy.scope():
+            model = build_classifier(
+                self.backbone,
+                self.config.input_size,
+                self.manifest.classes,
+                self.config,
+                policy=precision_policy(self.config.mixed_precision),
+            )
+        freeze_backbone(model)
+        return model
+
+    def _search(self, model_parts: ClassifierParts) -> None:
+        """Replace the head of the config by the one that cross-validation prefers."""
+        train_features = self._features("train", model_parts)
+        _standardise(model_parts, train_features.features)
+        mean, variance = (np.asarray(each, np.float64) for each in model_parts.standardise.get_weights())
+        with_layers, _ = self._resolved(_with_hidden_layers(self.given))
+        plan = loop_config(
+            with_layers, self.manifest, phase="head_search", warmup_fraction=_WARMUP_FRACTION, mixup_alpha=0.0
+        )
+        data = SearchData(
+            train=train_features,
+            mean=mean,
+            variance=variance,
+            num_classes=len(self.manifest.classes),
+            class_weights=plan.class_weights,
+        )
+        found, searched = search_head(self.strategy, data, self.given, plan, self.workspace.scratch)
+        for choice in searched:
+            log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        self.config, choices = self._resolved(found)
+        names = {choice.name for choice in searched}
+        self.choices = (*searched, *(choice for choice in choices if choice.name not in names))
+
     def _train(self, model_parts: ClassifierParts) -> History:
         train_features = self._features("train", model_parts)
         _standardise(model_parts, train_features.features)
@@ -148,7 +185,11 @@ class _HeadTraining:
             trainable = HeadOnFeatures(model_parts, self.config.batch_size)
             sources = (train_features, self._features("validation", model_parts))
         plan = loop_config(
-            self.config, self.manifest, phase="train_head", warmup_fraction=0.05, mixup_alpha=mixup_alpha
+            self.config,
+            self.manifest,
+            phase="train_head",
+            warmup_fraction=_WARMUP_FRACTION,
+            mixup_alpha=mixup_alpha,
         )
         return train(self.strategy, trainable, sources, plan, self.workspace.scratch / "last.ckpt")
 
@@ -199,6 +240,12 @@ class _HeadTraining:
             split=split,
         )
         return FeatureSource(features, source.labels)
+
+
+def _with_hidden_layers(config: HeadConfig) -> HeadConfig:
+    return dataclasses.replace(
+        config, head="mlp", hidden_units=config.hidden_units or HeadConfig().hidden_units
+    )
 
 
 def _standardise(model_parts: ClassifierParts, features: np.ndarray) -> None:

@@ -170,6 +170,41 @@ def measure(problem: LinearProblem, kernel: np.ndarray, bias: np.ndarray) -> tup
     return loss / len(source.labels), correct / len(source.labels)
 
 
+def cross_validated_path(
+    problems: Sequence[LinearProblem], decays: Sequence[float] = DECAYS
+) -> tuple[list[float], float]:
+    """Return what the best decay is worth in cross-validation: accuracy on each fold, and mean loss.
+
+    Args:
+        problems: One for each fold; the held-out examples are its validation.
+        decays: Factors to try, from strong to weak.
+    """
+    paths = []
+    with stopping_gracefully():
+        for problem in problems:
+            regression = SoftmaxRegression(
+                problem.train.features,
+                problem.train.labels,
+                problem.num_classes,
+                mean=problem.mean,
+                variance=problem.variance,
+                label_smoothing=problem.label_smoothing,
+                class_weights=problem.class_weights,
+                check=_stop_if_asked,
+            )
+            start: np.ndarray | None = None
+            path: list[tuple[float, float]] = []
+            for decay in decays:
+                solution = regression.solve(decay, start, _PATH_TOLERANCE)
+                path.append(measure(problem, solution.kernel, solution.bias))
+                start = solution.coefficients
+            paths.append(path)
+    results = np.array(paths)  # [folds, decays, loss and accuracy]
+    losses, accuracies = results[..., 0].mean(0), results[..., 1].mean(0)
+    best = max(range(len(decays)), key=lambda index: (accuracies[index], -losses[index]))
+    return results[:, best, 1].tolist(), float(losses[best])
+
+
 def history_of(fit: LinearFit, start: tuple[float, float]) -> History:
     """Return the path as a history, a decay in the place of an epoch.
 
