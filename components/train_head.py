@@ -34,6 +34,8 @@ def train_head(
     hidden_units: list,
     dropout: float,
     batch_norm: bool,
+    solver: str,
+    search_seconds: float,
 ):
     """Train a head on a frozen backbone.
 

@@ -19,6 +19,9 @@ AUTO: Final = -1
 AUTO_NAME: Final = "auto"
 
 HEADS: Final = ("linear", "mlp")
+SOLVERS: Final = (AUTO_NAME, "lbfgs", "adamw")
+# What only AdamW uses: a user who sets one of these wants it.
+ADAMW_FIELDS: Final = ("learning_rate", "num_epochs", "patience")
 CLASS_WEIGHTS: Final = (AUTO_NAME, "none", "balanced")
 MIXED_PRECISION: Final = (AUTO_NAME, "on", "off")
 TRANSFORMS: Final = ("flip", "crop", "rotation", "colour", "randaugment", "mixup")
@@ -164,7 +167,11 @@ class TrainingConfig(StageConfig):
     batch_size: int = option(AUTO, "Images in a global batch, over all devices; -1 lets the recipe choose.")
     num_epochs: int = option(AUTO, "Most passes over the training split; -1 lets the recipe choose.")
     learning_rate: float = option(AUTO, "Peak learning rate; -1 lets the recipe choose.")
-    weight_decay: float = option(AUTO, "Decoupled weight decay of kernels; -1 lets the recipe choose.")
+    weight_decay: float = option(
+        AUTO,
+        "Decoupled weight decay of kernels; -1 lets the recipe choose. With solver 'lbfgs' the factor of half "
+        "the squared kernel beside the mean loss; -1 then means the best of a range on validation.",
+    )
     label_smoothing: float = option(AUTO, "Label smoothing in [0, 1); -1 lets the recipe choose.")
     class_weights: str = option(
         AUTO_NAME,
@@ -239,11 +246,23 @@ class HeadConfig(TrainingConfig):
     hidden_units: tuple[int, ...] = option((256,), "Units of each hidden layer of an 'mlp' head.")
     dropout: float = option(AUTO, "Fraction of head inputs dropped in training; -1 lets the recipe choose.")
     batch_norm: bool = option(False, "Whether an 'mlp' head normalises each hidden layer by batch.")
+    solver: str = option(
+        AUTO_NAME,
+        "How the head is fitted: 'lbfgs' solves a linear head on unaugmented images to its optimum, 'adamw' "
+        "trains any head in epochs; 'auto' takes 'lbfgs' where it can, unless a field is set that only AdamW "
+        "uses (learning_rate, num_epochs, patience, weight_decay, dropout).",
+    )
+    search_seconds: float = option(
+        0,
+        "Seconds in which linear and 'mlp' heads of several sizes are compared by cross-validation on the "
+        "training features; the best is trained. 0 trains the head that is given.",
+    )
 
     ranges = {  # noqa: RUF012 - ClassVar of the base
         **TrainingConfig.ranges,
         "input_size": (16, 4096, False),
         "dropout": (0, 0.95, False),
+        "search_seconds": (0, 1e9, False),
     }
     autos = TrainingConfig.autos | {"input_size", "dropout"}
 
@@ -251,6 +270,8 @@ class HeadConfig(TrainingConfig):
         """Check the fields; see the base class."""
         TrainingConfig.__post_init__(self)
         _one_of("head", self.head, HEADS)
+        _one_of("solver", self.solver, SOLVERS)
+        self._check_solver()
         if any(units < 1 for units in self.hidden_units) or (self.head == "mlp" and not self.hidden_units):
             raise ConfigError(
                 "`hidden_units` must list the positive sizes of the hidden layers. Received: "
@@ -260,6 +281,33 @@ class HeadConfig(TrainingConfig):
             raise ConfigError(
                 "`weights_sha256` must be 64 hex digits. Received: "
                 f"weights_sha256={self.weights_sha256!r}. `sha256sum FILE` prints it."
+            )
+
+    def _check_solver(self) -> None:
+        if self.search_seconds and (self.augmentation not in (AUTO_NAME, "none") or self.solver != AUTO_NAME):
+            raise ConfigError(
+                "`search_seconds` must be 0 where training images are augmented or the solver is set: heads are "
+                "compared on features that are computed once, each with its own solver. Received: "
+                f"search_seconds={self.search_seconds:g}, augmentation={self.augmentation!r}, "
+                f"solver={self.solver!r}. Use augmentation='none' and solver='auto', or search_seconds=0."
+            )
+        if self.solver != "lbfgs":
+            return
+        unused = [name for name in ADAMW_FIELDS if getattr(self, name) != AUTO]
+        if unused:
+            raise ConfigError(
+                f"`{unused[0]}` must be {AUTO} with solver='lbfgs', which solves for the head and has no "
+                f"epochs. Received: {unused[0]}={getattr(self, unused[0])!r}. Leave it open, or use solver='adamw'."
+            )
+        if self.weight_decay == 0:
+            raise ConfigError(
+                "`weight_decay` must be above 0 with solver='lbfgs': without it the best kernel may be infinite. "
+                "Received: weight_decay=0. Leave it at -1 to have it chosen on validation."
+            )
+        if self.head != "linear" or self.augmentation not in (AUTO_NAME, "none"):
+            raise ConfigError(
+                "`solver` must not be 'lbfgs' unless the head is linear and images are not augmented. Received: "
+                f"solver='lbfgs', head={self.head!r}, augmentation={self.augmentation!r}. Use solver='auto'."
             )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from kubegraft.config import AUTO, AUTO_NAME, FineTuneConfig, HeadConfig, TrainingConfig
+from kubegraft.config import ADAMW_FIELDS, AUTO, AUTO_NAME, FineTuneConfig, HeadConfig, TrainingConfig
 
 IMBALANCE_TO_BALANCE: Final = 3.0
 MIXUP_ALPHA: Final = 0.2
@@ -67,6 +67,9 @@ def resolve_head(
 ) -> tuple[HeadConfig, tuple[Choice, ...]]:
     """Return the head's config with every open value chosen, and the choices.
 
+    With the solver L-BFGS, what only AdamW uses stays open, and so does a weight decay that is to be chosen
+    on validation.
+
     Args:
         config: As the user gave it.
         facts: DatasetFacts about the dataset.
@@ -94,7 +97,13 @@ def resolve_head(
         "patience": (15, "the rate falls as a cosine, so that late epochs may still improve"),
         "augmentation": ("none", "without augmentation the backbone sees each image once, not every epoch"),
         "class_weights": _class_weights(facts),
+        "solver": _solver(config),
     }
+    if (proposals["solver"][0] if config.solver == AUTO_NAME else config.solver) == "lbfgs":
+        # These stay open: nothing uses them, and the decay is chosen on validation.
+        proposals = {
+            name: each for name, each in proposals.items() if name not in (*ADAMW_FIELDS, "weight_decay")
+        }
     return _resolved(config, proposals)
 
 
@@ -149,6 +158,19 @@ def _input_size(facts: DatasetFacts, native: int, accepted: Any) -> tuple[int, s
         return native, f"the backbone was pretrained at {native} px, and images are {side} px (median side)"
     chosen = min(accepted(wanted), native)
     return chosen, f"images are only {side} px (median side): {native} px would cost more and show no more"
+
+
+def _solver(config: HeadConfig) -> tuple[str, str]:
+    if config.head != "linear":
+        return "adamw", "a head with hidden layers has no single optimum to solve for"
+    if config.augmentation not in (AUTO_NAME, "none"):
+        return "adamw", "augmented features differ in every epoch"
+    given = [name for name in (*ADAMW_FIELDS, "weight_decay") if getattr(config, name) != AUTO]
+    if config.dropout > 0:
+        given.append("dropout")
+    if given:
+        return "adamw", f"`{given[0]}` was set by the user"
+    return "lbfgs", "the best linear head on fixed features can be solved for, its weight decay by validation"
 
 
 def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:

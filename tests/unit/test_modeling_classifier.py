@@ -88,6 +88,15 @@ def test_standardisation_is_set_saved_and_never_explodes(tmp_path: Path) -> None
         assert np.asarray(standardise(np.full((1, 576), 1.5, np.float32)))[0, 7] == pytest.approx(1)
 
 
+def test_a_feature_that_hardly_varies_in_training_is_not_blown_up() -> None:
+    found = parts(build())
+    features = np.random.default_rng(0).normal(5, 3, (200, 576)).astype(np.float32)
+    features[:, 7] = 0.5 + 1e-2 * features[:, 7]
+    found.set_standardisation(features.mean(0), features.var(0))
+    elsewhere = np.full((1, 576), 5, np.float32)  # there, the feature moves as others do
+    assert np.abs(np.asarray(found.standardise(elsewhere))).max() < 16
+
+
 def test_one_seed_gives_one_model_and_one_file(model: Any, tmp_path: Path) -> None:
     again = build()
     assert model_digest(again) == model_digest(model)

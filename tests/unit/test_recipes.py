@@ -4,6 +4,7 @@ import pytest
 
 from kubegraft.config import AUTO, AUTO_NAME, FineTuneConfig, HeadConfig
 from kubegraft.data.manifest import DatasetFacts
+from kubegraft.errors import ConfigError
 from kubegraft.recipes import resolve_fine_tune, resolve_head
 
 SIGNS = DatasetFacts(
@@ -35,9 +36,11 @@ def fine_tune(facts=SIGNS, config=None, blocks=16, parameters=3_400_000):
 @pytest.mark.parametrize("resolve", [head, fine_tune], ids=["head", "fine_tune"])
 def test_nothing_is_left_open_and_every_choice_has_a_reason(resolve):
     config, choices = resolve()
-    unfreeze = {"unfreeze_fraction"}  # says the same as num_blocks, which is chosen
+    unused = {"unfreeze_fraction"}  # says the same as num_blocks, which is chosen
+    if getattr(config, "solver", "") == "lbfgs":  # has no epochs, and its decay is chosen on validation
+        unused |= {"learning_rate", "num_epochs", "patience", "weight_decay"}
     for field in dataclasses.fields(config):
-        if field.name not in unfreeze | {"mixed_precision"}:
+        if field.name not in unused | {"mixed_precision"}:
             assert getattr(config, field.name) not in (AUTO, AUTO_NAME), field.name
     assert all(choice.reason for choice in choices)
 
@@ -77,3 +80,44 @@ def test_more_images_a_class_unfreeze_more():
     few = dataclasses.replace(SIGNS, num_train=50)
     many = dataclasses.replace(SIGNS, num_train=100_000)
     assert fine_tune(few)[0].num_blocks < fine_tune()[0].num_blocks < fine_tune(many)[0].num_blocks
+
+
+@pytest.mark.parametrize(
+    ("options", "solver"),
+    [
+        ({}, "lbfgs"),
+        ({"label_smoothing": 0.1, "class_weights": "balanced", "batch_size": 8}, "lbfgs"),
+        ({"augmentation": "none", "dropout": 0}, "lbfgs"),
+        ({"solver": "lbfgs", "weight_decay": 0.01, "dropout": 0.4}, "lbfgs"),
+        ({"solver": "adamw"}, "adamw"),
+        ({"head": "mlp"}, "adamw"),
+        ({"augmentation": "mixup"}, "adamw"),
+        ({"learning_rate": 0.1}, "adamw"),
+        ({"num_epochs": 3}, "adamw"),
+        ({"weight_decay": 0.1}, "adamw"),
+        ({"dropout": 0.4}, "adamw"),
+    ],
+    ids=str,
+)
+def test_a_linear_head_is_solved_for_unless_something_asks_for_epochs(options, solver):
+    config, choices = head(config=HeadConfig(**options))
+    assert config.solver == solver
+    reason = next(choice.reason for choice in choices if choice.name == "solver")
+    assert (reason == "set by the user") == ("solver" in options)
+    assert (config.learning_rate == AUTO) == (solver == "lbfgs")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"learning_rate": 0.1}, "learning_rate"),
+        ({"num_epochs": 0}, "num_epochs"),
+        ({"weight_decay": 0}, "weight_decay"),
+        ({"head": "mlp"}, "solver"),
+        ({"augmentation": "crop"}, "solver"),
+    ],
+    ids=str,
+)
+def test_a_solver_that_would_ignore_a_choice_is_refused(options, field):
+    with pytest.raises(ConfigError, match=rf"`{field}` must .*solver='lbfgs'"):
+        HeadConfig(solver="lbfgs", **options)

@@ -83,10 +83,18 @@ def test_learning_curves_show_both_phases_and_their_kept_epochs():
     ]
     curves = plots.phase_curves(phases, "accuracy")
     markup = plots.learning_curves(curves, "accuracy", fraction=True)
-    assert {"head training", "fine-tuning", "kept epoch"} <= set(texts(markup))
+    assert {"head training", "fine-tuning", "kept"} <= set(texts(markup))
     assert curves[0].start is None  # a random head's start would flatten all that follows
     assert markup.count("kept: epoch") == 2
     assert "kept: epoch 0, 0.9" in markup  # nothing beat what fine-tuning started from
+
+
+def test_a_head_that_was_solved_for_is_drawn_over_its_decays():
+    epochs = [{"validation_accuracy": 0.9, "weight_decay": decay} for decay in (1.0, 0.1)]
+    phase = {"phase": "train_head", "solver": "lbfgs", "epochs": epochs, "best_epoch": 1, "start": {}}
+    markup = plots.learning_curves(plots.phase_curves([phase], "accuracy"), "accuracy")
+    assert "head, decay falling" in texts(markup)
+    assert "kept: weight decay 0.1, 0.9" in markup
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [0.5], [1.0, 1.0], [1e-9, 3e8]], ids=str)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kubegraft.errors import DivergenceError, Interrupted
-from kubegraft.training import loop
+from kubegraft.training import loop, steps
 from kubegraft.training.distribution import divisible_batch_size, make_strategy
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.sources import FeatureSource
@@ -80,10 +80,12 @@ def test_training_learns(tmp_path):
     assert history.best["validation_accuracy"] > 0.7
 
 
-@pytest.mark.parametrize("steps_before_stop", [1, 3, 4, 7])
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, steps_before_stop):
+@pytest.mark.parametrize("resident_bytes", [0, 1 << 30], ids=["streamed", "held"])
+@pytest.mark.parametrize("calls_before_stop", [1, 2, 4])
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, calls_before_stop, resident_bytes):
+    monkeypatch.setattr(steps, "RESIDENT_BYTES", resident_bytes)
     undisturbed, expected = run(tmp_path / "undisturbed")
-    remaining = iter([False] * (steps_before_stop - 1) + [True])
+    remaining = iter([False] * (calls_before_stop - 1) + [True])
     monkeypatch.setattr(loop, "stop_requested", lambda: next(remaining, False))
     with pytest.raises(Interrupted, match="saved a checkpoint"):
         run(tmp_path / "stopped")
@@ -91,6 +93,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, steps_
     for one, other in zip(weights, expected, strict=True):
         np.testing.assert_array_equal(one, other)
     assert [e["train_loss"] for e in history.epochs] == [e["train_loss"] for e in undisturbed.epochs]
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.2])
+def test_features_that_are_held_train_like_those_that_are_streamed(tmp_path, monkeypatch, mixup_alpha):
+    held, weights = run(tmp_path / "held", mixup_alpha=mixup_alpha)
+    monkeypatch.setattr(steps, "RESIDENT_BYTES", 0)
+    streamed, expected = run(tmp_path / "streamed", mixup_alpha=mixup_alpha)
+    for one, other in zip(held.epochs, streamed.epochs, strict=True):
+        for name in one.keys() - {"seconds"}:
+            assert one[name] == pytest.approx(other[name], abs=1e-5), name
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

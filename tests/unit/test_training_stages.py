@@ -144,6 +144,62 @@ def test_other_heads_and_augmented_heads_train(dataset, tmp_path, options):
     assert 0 <= result.metrics["validation_accuracy"] <= 1
 
 
+SOLVED = {"backbone": "mobilenet_v2", "weights": "none", "input_size": SIZE, "batch_size": 8, "seed": 2}
+
+
+def test_a_head_that_nobody_chose_numbers_for_is_solved_for(dataset, tmp_path):
+    result = train_head(dataset, tmp_path / "model", HeadConfig(**SOLVED))
+    loaded = load_classifier(tmp_path / "model")
+    history = json.loads((tmp_path / "model" / "history.json").read_text())
+    kept = history["epochs"][history["best_epoch"]]
+    assert history["solver"] == "lbfgs"
+    assert kept["converged"]
+    assert result.metrics["validation_accuracy"] == kept["validation_accuracy"]
+    choices = {choice["name"]: choice for choice in loaded.metadata["choices"]}
+    assert choices["solver"]["value"] == "lbfgs"
+    assert (
+        choices["weight_decay"]["value"] == kept["weight_decay"] == loaded.metadata["config"]["weight_decay"]
+    )
+    assert "on validation" in choices["weight_decay"]["reason"]
+
+    reader = SplitReader(dataset, load_manifest(dataset), "validation")
+    from kubegraft.data.decode import decode_any
+
+    images = tf.stack([decode_any(tf.constant(reader.read(index))) for index in range(len(reader.labels))])
+    answers = loaded.model(images).numpy()
+    losses = -np.log(answers[np.arange(len(answers)), reader.labels])
+    assert losses.mean() == pytest.approx(kept["validation_loss"], abs=1e-4)
+
+    again = train_head(dataset, tmp_path / "again", HeadConfig(**SOLVED))
+    assert again.digest == result.digest
+    head_config = {**loaded.metadata["config"], "hidden_units": (256,)}
+    said_again = train_head(dataset, tmp_path / "said_again", HeadConfig(**head_config))
+    assert said_again.metrics["validation_loss"] == pytest.approx(kept["validation_loss"], abs=1e-3)
+
+
+def test_a_searched_head_is_trained_on_all_of_the_training_split(dataset, tmp_path):
+    options = {"search_seconds": 1e-6, "head": "mlp", "hidden_units": (4,)}
+    train_head(dataset, tmp_path / "model", HeadConfig(**SOLVED | options))
+    loaded = load_classifier(tmp_path / "model")
+    assert loaded.metadata["head"]["head"] == "linear"
+    assert [layer.name for layer in parts(loaded.model).head_layers] == ["standardise", "dropout", "logits"]
+    choices = {choice["name"]: choice for choice in loaded.metadata["choices"]}
+    assert "cross-validation" in choices["head"]["reason"]
+    assert choices["solver"]["value"] == "lbfgs"
+
+
+def test_a_stopped_head_comes_to_the_same_head(dataset, tmp_path, monkeypatch):
+    from kubegraft.errors import Interrupted
+    from kubegraft.training import linear_head
+
+    whole = train_head(dataset, tmp_path / "whole", HeadConfig(**SOLVED))
+    remaining = iter([False] * 20 + [True])
+    monkeypatch.setattr(linear_head, "stop_requested", lambda: next(remaining, False))
+    with pytest.raises(Interrupted):
+        train_head(dataset, tmp_path / "model", HeadConfig(**SOLVED))
+    assert train_head(dataset, tmp_path / "model", HeadConfig(**SOLVED)).digest == whole.digest
+
+
 def test_choices_and_provenance_travel_with_the_model(dataset, tuned):
     metadata = load_classifier(tuned).metadata
     assert metadata["dataset_digest"] == load_manifest(dataset).digest

@@ -98,6 +98,7 @@ def _plots(model: EvaluatedModel, measured: dict[str, Any]) -> dict[str, Any]:
         ),
         "loss_curves": plots.learning_curves(plots.phase_curves(phases, "loss"), "loss"),
         "has_curves": any(phase["epochs"] for phase in phases),
+        "has_path": any(phase.get("solver") == "lbfgs" for phase in phases),
         "matrix": plots.confusion_heat_map(confusion_matrix(model.answers), measured["classes"]),
         "reliability": plots.reliability_diagram(
             [ReliabilityBin(**each) for each in measured["calibration"]]

@@ -22,8 +22,10 @@ from kubegraft.modeling.precision import with_policy
 __all__ = [
     "ClassifierParts",
     "HeadOptions",
+    "HeadParts",
     "LoadedClassifier",
     "build_classifier",
+    "build_head",
     "load_classifier",
     "model_digest",
     "parts",
@@ -32,6 +34,9 @@ __all__ = [
 
 # Below this share of the mean variance a feature counts as constant, and is only centred.
 _CONSTANT_SHARE: Final = 1e-6
+# No feature is scaled up by more than this share's root against the average one: what hardly varies in
+# training may well do so elsewhere, and a head would be at the mercy of it.
+_SMALLEST_SHARE: Final = 1e-2
 # A random backbone may shrink its features to almost nothing; float32 ends at 1e-38, its reciprocal too.
 _SMALLEST_VARIANCE: Final = 1e-30
 
@@ -79,8 +84,9 @@ class ClassifierParts:
     def set_standardisation(self, mean: np.ndarray, variance: np.ndarray) -> None:
         """Make the head see features of mean 0 and variance 1.
 
-        A feature that is (almost) constant in training is centred only: dividing by its tiny deviation would
-        let it explode on the first image in which it isn't constant.
+        A feature that is (almost) constant in training is centred only, and the variance of others counts as
+        at least a hundredth of the average one: dividing by a tiny deviation would let a feature explode on
+        the first image in which it isn't constant, and as soon as fine-tuning moves it.
 
         Args:
             mean: `float[dim]`, over the training split.
@@ -88,7 +94,36 @@ class ClassifierParts:
         """
         variance = np.asarray(variance, np.float64)
         constant = variance <= max(_CONSTANT_SHARE * variance.mean(), _SMALLEST_VARIANCE)
-        self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, variance)])
+        floored = np.maximum(variance, _SMALLEST_SHARE * variance.mean())
+        self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, floored)])
+
+
+@dataclass(frozen=True, slots=True)
+class HeadParts:
+    """A head alone; its layers take standardised features.
+
+    Attributes:
+        head_layers: Standardised features to logits, in order.
+    """
+
+    head_layers: tuple[Any, ...]
+
+
+def build_head(dim: int, num_classes: int, options: HeadOptions) -> tuple[Any, ...]:
+    """Return the trainable layers of a head as `build_classifier` makes them, without a backbone.
+
+    Args:
+        dim: Length of a feature vector.
+        num_classes: Number of classes.
+        options: Head and seed.
+    """
+    with repeatable(options.seed + 1):
+        _pool, _standardise, *layers = _head_layers(num_classes, options)
+        features = outputs = keras.Input((dim,))
+        for layer in layers:
+            outputs = layer(outputs)
+        keras.Model(features, outputs)
+    return tuple(layers)
 
 
 def build_classifier(

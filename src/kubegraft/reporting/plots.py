@@ -32,6 +32,7 @@ class Curve:
         validation: Value after each epoch on the validation split.
         start: Validation value before the first epoch, or None.
         best_epoch: Index of the epoch that was kept, -1 for the start, or None if it is not known.
+        steps: Name of each epoch, for people; empty for their numbers.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Curve:
     validation: Sequence[float]
     start: float | None = None
     best_epoch: int | None = None
+    steps: Sequence[str] = ()
 
     @property
     def values(self) -> list[float]:
@@ -94,9 +96,9 @@ def _draw_phase(canvas: Canvas, curve: Curve, vertical: Scale, start: float, end
     kept = dict(held_out).get(-1 if curve.best_epoch is None else curve.best_epoch + 1)
     if curve.best_epoch is not None and kept is not None:
         best = (horizontal(curve.best_epoch + 1), vertical(kept))
-        canvas.circle(
-            best, 5, color=ACCENT, hollow=True, tip=f"kept: epoch {curve.best_epoch + 1}, {kept:.4g}"
-        )
+        number = curve.best_epoch
+        step = curve.steps[number] if 0 <= number < len(curve.steps) else f"epoch {number + 1}"
+        canvas.circle(best, 5, color=ACCENT, hollow=True, tip=f"kept: {step}, {kept:.4g}")
 
 
 def _panels(curves: Sequence[Curve], start: float, end: float) -> list[tuple[float, float]]:
@@ -124,7 +126,7 @@ def _legend(canvas: Canvas, x: float, y: float, entries: Sequence[tuple[str, str
         canvas.text((x + 28, y), name)
         x += 44 + svg.text_width(name)
     canvas.circle((x + 4, y - 4), 4, color=ACCENT, hollow=True)
-    canvas.text((x + 14, y), "kept epoch")
+    canvas.text((x + 14, y), "kept")
 
 
 def reliability_diagram(bins: Sequence[ReliabilityBin]) -> Markup:
@@ -268,22 +270,36 @@ def phase_curves(phases: Sequence[dict[str, Any]], metric: str) -> list[Curve]:
     """Return the curves of one metric from the contents of `history.json` files.
 
     The first phase starts from a random head, so its start is left out: it would flatten all that follows.
+    A head that was solved for has no epochs; its curve goes over the weight decays that were tried.
 
     Args:
         phases: What the files of the head and of fine-tuning hold, in that order.
         metric: `accuracy` or `loss`.
     """
-    names = {"train_head": "head training", "head": "head training", "fine_tune": "fine-tuning"}
     return [
         Curve(
-            name=names.get(phase["phase"], phase["phase"]),
+            name=_phase_name(phase),
             train=[_number(epoch.get(f"train_{metric}")) for epoch in phase["epochs"]],
             validation=[_number(epoch.get(f"validation_{metric}")) for epoch in phase["epochs"]],
             start=(phase.get("start") or {}).get(f"validation_{metric}") if number else None,
             best_epoch=phase.get("best_epoch"),
+            steps=[f"weight decay {epoch['weight_decay']:g}" for epoch in phase["epochs"]]
+            if _is_path(phase)
+            else (),
         )
         for number, phase in enumerate(phases)
     ]
+
+
+def _is_path(phase: dict[str, Any]) -> bool:
+    return phase.get("solver") == "lbfgs"
+
+
+def _phase_name(phase: dict[str, Any]) -> str:
+    if _is_path(phase):
+        return "head, decay falling"
+    names = {"train_head": "head training", "head": "head training", "fine_tune": "fine-tuning"}
+    return names.get(phase["phase"], str(phase["phase"]))
 
 
 def _number(value: float | None) -> float:

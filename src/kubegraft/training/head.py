@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from kubegraft import tensorflow_setup
 from kubegraft.accelerators import require_accelerators
-from kubegraft.config import HeadConfig
+from kubegraft.config import AUTO, HeadConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
 from kubegraft.modeling.backbones import Backbone, get_backbone
 from kubegraft.modeling.classifier import ClassifierParts, build_classifier, parts
 from kubegraft.modeling.freezing import freeze_backbone
 from kubegraft.modeling.weights import check_weights
-from kubegraft.recipes import resolve_head
+from kubegraft.recipes import Choice, resolve_head
 from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
 from kubegraft.training.features import extract_features
+from kubegraft.training.head_search import SearchData, search_head
+from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
 from kubegraft.training.loop import History, train
 from kubegraft.training.outputs import digest_of_variables, require_images, require_unmoved, write_model
-from kubegraft.training.plans import loop_config, transforms_of
+from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
 from kubegraft.training.sources import FeatureSource, ImageSource
+from kubegraft.training.standardisation import feature_moments
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnFeatures
+
+_WARMUP_FRACTION: Final = 0.05
 
 
 def train_head(
@@ -36,7 +41,8 @@ def train_head(
     """Train a head on the frozen backbone and write a model directory.
 
     The backbone runs in inference mode and does not change by one bit; this is checked. Without
-    augmentation its forward pass is computed once per image, and the head trains on the pooled features.
+    augmentation its forward pass is computed once per image, and the head trains on the pooled features: a
+    linear one is solved for (`linear_head`), others go through the loop.
 
     Args:
         dataset_dir: Output of `ingest`.
@@ -86,28 +92,27 @@ class _HeadTraining:
             workspace,
         )
         self.strategy = make_strategy()
-        resolved, self.choices = resolve_head(
-            config,
-            manifest.facts,
-            native_input_size=backbone.native_input_size,
-            accepted_input_size=backbone.accepted_input_size,
-        )
-        backbone.check_input_size(resolved.input_size)
-        batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
-        self.config = dataclasses.replace(resolved, batch_size=batch_size)
+        self.given = config
+        self.config, self.choices = self._resolved(config)
         for choice in self.choices:
             log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
+    def _resolved(self, config: HeadConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
+        resolved, choices = resolve_head(
+            config,
+            self.manifest.facts,
+            native_input_size=self.backbone.native_input_size,
+            accepted_input_size=self.backbone.accepted_input_size,
+        )
+        self.backbone.check_input_size(resolved.input_size)
+        batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
+        return dataclasses.replace(resolved, batch_size=batch_size), choices
+
     def run(self) -> Outcome:
-        with self.strategy.scope():
-            model = build_classifier(
-                self.backbone,
-                self.config.input_size,
-                self.manifest.classes,
-                self.config,
-                policy=precision_policy(self.config.mixed_precision),
-            )
-        freeze_backbone(model)
+        model = self._built()
+        if self.config.search_seconds:
+            self._search(parts(model))
+            model = self._built()
         model_parts = parts(model)
         frozen = digest_of_variables(model_parts.backbone.variables)
         history = self._train(model_parts)
@@ -134,9 +139,46 @@ class _HeadTraining:
             facts=facts,
         )
 
+    def _built(self) -> Any:
+        with self.strategy.scope():
+            model = build_classifier(
+                self.backbone,
+                self.config.input_size,
+                self.manifest.classes,
+                self.config,
+                policy=precision_policy(self.config.mixed_precision),
+            )
+        freeze_backbone(model)
+        return model
+
+    def _search(self, model_parts: ClassifierParts) -> None:
+        """Replace the head of the config by the one that cross-validation prefers."""
+        train_features = self._features("train", model_parts)
+        _standardise(model_parts, train_features.features)
+        mean, variance = (np.asarray(each, np.float64) for each in model_parts.standardise.get_weights())
+        with_layers, _ = self._resolved(_with_hidden_layers(self.given))
+        plan = loop_config(
+            with_layers, self.manifest, phase="head_search", warmup_fraction=_WARMUP_FRACTION, mixup_alpha=0.0
+        )
+        data = SearchData(
+            train=train_features,
+            mean=mean,
+            variance=variance,
+            num_classes=len(self.manifest.classes),
+            class_weights=plan.class_weights,
+        )
+        found, searched = search_head(self.strategy, data, self.given, plan, self.workspace.scratch)
+        for choice in searched:
+            log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        self.config, choices = self._resolved(found)
+        names = {choice.name for choice in searched}
+        self.choices = (*searched, *(choice for choice in choices if choice.name not in names))
+
     def _train(self, model_parts: ClassifierParts) -> History:
         train_features = self._features("train", model_parts)
         _standardise(model_parts, train_features.features)
+        if self.config.solver == "lbfgs":
+            return self._solve(model_parts, train_features, self._features("validation", model_parts))
         transforms, mixup_alpha = transforms_of(self.config.augmentation)
         trainable: HeadOnFeatures | HeadOnBackbone
         if transforms:
@@ -146,9 +188,43 @@ class _HeadTraining:
             trainable = HeadOnFeatures(model_parts, self.config.batch_size)
             sources = (train_features, self._features("validation", model_parts))
         plan = loop_config(
-            self.config, self.manifest, phase="train_head", warmup_fraction=0.05, mixup_alpha=mixup_alpha
+            self.config,
+            self.manifest,
+            phase="train_head",
+            warmup_fraction=_WARMUP_FRACTION,
+            mixup_alpha=mixup_alpha,
         )
         return train(self.strategy, trainable, sources, plan, self.workspace.scratch / "last.ckpt")
+
+    def _solve(
+        self, model_parts: ClassifierParts, train_features: FeatureSource, validation_features: FeatureSource
+    ) -> History:
+        mean, variance = (np.asarray(each, np.float64) for each in model_parts.standardise.get_weights())
+        weighted = self.config.class_weights == "balanced"
+        problem = LinearProblem(
+            train=train_features,
+            validation=validation_features,
+            num_classes=len(self.manifest.classes),
+            mean=mean,
+            variance=variance,
+            label_smoothing=self.config.label_smoothing,
+            class_weights=class_weights_of(self.manifest) if weighted else None,
+        )
+        given = self.config.weight_decay
+        fit = fit_linear_head(
+            problem,
+            decays=DECAYS if given == AUTO else (given,),
+            time_budget_seconds=self.config.time_budget_seconds,
+        )
+        logits = model_parts.head_layers[-1]
+        history = history_of(fit, start=measure(problem, *logits.get_weights()))
+        solution = fit.chosen.solution
+        logits.set_weights([solution.kernel.astype(np.float32), solution.bias.astype(np.float32)])
+        choice = Choice("weight_decay", solution.decay, "set by the user" if given != AUTO else fit.reason)
+        log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        self.choices = (*self.choices, choice)
+        self.config = dataclasses.replace(self.config, weight_decay=solution.decay)
+        return history
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
         reader = SplitReader(self.dataset_dir, self.manifest, split)
@@ -169,12 +245,12 @@ class _HeadTraining:
         return FeatureSource(features, source.labels)
 
 
+def _with_hidden_layers(config: HeadConfig) -> HeadConfig:
+    return dataclasses.replace(
+        config, head="mlp", hidden_units=config.hidden_units or HeadConfig().hidden_units
+    )
+
+
 def _standardise(model_parts: ClassifierParts, features: np.ndarray) -> None:
-    """Give the head the mean and variance of the training features, in float64 and in chunks."""
-    count, total, squares = len(features), np.zeros(features.shape[1]), np.zeros(features.shape[1])
-    for start in range(0, count, 4096):
-        chunk = np.asarray(features[start : start + 4096], np.float64)
-        total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)
-    mean = total / count
-    variance = np.maximum(squares / count - mean**2, 0.0)
-    model_parts.set_standardisation(mean, variance)
+    """Give the head the mean and variance of the training features."""
+    model_parts.set_standardisation(*feature_moments(features))

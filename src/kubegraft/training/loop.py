@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
-import tensorflow as tf
 
 from kubegraft.errors import DivergenceError, Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
@@ -27,6 +26,7 @@ from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
 from kubegraft.training.sources import Source
+from kubegraft.training.steps import make_steps, replica_steps
 
 # An epoch on computed features takes a fraction of a second; a log wants fewer lines than that.
 _NOTE_SECONDS: Final = 2.0
@@ -77,12 +77,21 @@ class LoopConfig:
 
 @dataclass(slots=True)
 class History:
-    """What happened, epoch by epoch; `best_epoch` is -1 while nothing beats the start."""
+    """What happened, epoch by epoch; `best_epoch` is -1 while nothing beats the start.
+
+    Attributes:
+        start: Validation results before the first epoch.
+        epochs: Results after each epoch; with the solver `lbfgs`, of each weight decay from strong to weak.
+        best_epoch: Index in `epochs` of what is kept.
+        stopped: Why it ended.
+        solver: `adamw` or `lbfgs`.
+    """
 
     start: dict[str, float] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
     stopped: str = ""
+    solver: str = "adamw"
 
     @property
     def best(self) -> dict[str, float]:
@@ -136,7 +145,11 @@ class _Run:
         self.num_steps = -(-len(self.train_source.labels) // config.batch_size)
         with strategy.scope():
             self.optimizer = self._make_optimizer()
-        self.train_step, self.evaluation_step = _compile_steps(strategy, trainable, self.optimizer, config)
+        train_step, evaluation_step = replica_steps(trainable, self.optimizer, config)
+        self.train_steps = make_steps(strategy, self.train_source, config.batch_size, train_step)
+        self.evaluation_steps = make_steps(
+            strategy, self.validation_source, config.batch_size, evaluation_step
+        )
         self.history = History()
         self.epoch = self.step = 0
         self.sums = np.zeros(3)
@@ -174,11 +187,13 @@ class _Run:
         batches = self._epoch_batches(self.train_source, self.epoch, shuffle=True)
         started = saved = time.monotonic()
         before = self.elapsed_seconds
-        for batch in _distribute(self.strategy, self.train_source, batches, self.config, self.step):
-            self.sums += self._checked(self.train_step(batch, self._dropout_seed()).numpy())
-            self.step += 1
+        seed = (self.config.seed, self.epoch * self.num_steps)
+        for steps in self.train_steps.run(batches, self.step, seed):
+            for sums in steps:
+                self.sums += self._checked(sums)
+                self.step += 1
             self.elapsed_seconds = before + time.monotonic() - started
-            progress.update(1, loss=self.sums[0] / self.sums[2])
+            progress.update(len(steps), loss=self.sums[0] / self.sums[2])
             if stop_requested():
                 self._save()
                 raise Interrupted(
@@ -233,8 +248,9 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         batches = self._epoch_batches(self.validation_source, 0, shuffle=False)
         sums = np.zeros(3)
-        for batch in _distribute(self.strategy, self.validation_source, batches, self.config, 0):
-            sums += self._checked(self.evaluation_step(batch).numpy())
+        for steps in self.evaluation_steps.run(batches, 0, (0, 0)):
+            for step in steps:
+                sums += self._checked(step)
         return {
             "validation_loss": float(sums[0] / sums[2]),
             "validation_accuracy": float(sums[1] / sums[2]),
@@ -250,9 +266,6 @@ class _Run:
             class_weights=self.config.class_weights if shuffle else None,
             mixup_alpha=self.config.mixup_alpha if shuffle else 0.0,
         )
-
-    def _dropout_seed(self) -> Any:
-        return tf.constant([self.config.seed, self.epoch * self.num_steps + self.step], tf.int32)
 
     def _checked(self, sums: np.ndarray) -> np.ndarray:
         if not math.isfinite(sums[0]):
@@ -316,75 +329,3 @@ def _rank(result: dict[str, float]) -> tuple[float, float]:
 def _assign(variables: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
     for variable, array in zip(variables, arrays, strict=True):
         variable.assign(array)
-
-
-def _distribute(
-    strategy: Any, source: Source, batches: EpochBatches, config: LoopConfig, start_step: int
-) -> Any:
-    """Return an iterable over the epoch's batches from `start_step` on, split over the replicas."""
-    if start_step >= batches.num_steps:
-        return ()
-    per_replica = config.batch_size // strategy.num_replicas_in_sync
-
-    def dataset(context: Any) -> Any:
-        width = config.batch_size // context.num_input_pipelines
-        columns = slice(context.input_pipeline_id * width, (context.input_pipeline_id + 1) * width)
-        rows = slice(start_step, None)
-        parts = (batches.weight, batches.real, batches.position, batches.share)
-        targets = (source.labels[batches.index], source.labels[batches.partner])
-        numbers = tf.data.Dataset.from_tensor_slices(
-            tuple(array[rows, columns].reshape(-1, per_replica) for array in (*parts, *targets))
-        )
-        inputs = source.inputs(batches, rows, columns, per_replica)
-        return tf.data.Dataset.zip((inputs, numbers)).prefetch(2)
-
-    return strategy.distribute_datasets_from_function(dataset)
-
-
-def _compile_steps(
-    strategy: Any, trainable: Trainable, optimizer: GlobalAdamW, config: LoopConfig
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return compiled steps over a global batch.
-
-    Each returns `float32[3]`, summed over real examples and replicas: loss, correct answers, examples.
-    """
-    smoothing = config.label_smoothing
-
-    def losses(logits: Any, numbers: Any, smoothing: float) -> tuple[Any, Any]:
-        share, label, partner = numbers[3][:, None], numbers[4], numbers[5]
-        targets = share * tf.one_hot(label, config.num_classes)
-        targets += (1 - share) * tf.one_hot(partner, config.num_classes)
-        targets = targets * (1 - smoothing) + smoothing / config.num_classes
-        loss = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-        correct = tf.cast(tf.argmax(logits, -1, tf.int32) == tf.cast(label, tf.int32), tf.float32)
-        real = numbers[1]
-        return loss, tf.stack(
-            [tf.reduce_sum(loss * real), tf.reduce_sum(correct * real), tf.reduce_sum(real)]
-        )
-
-    def train_replica(batch: Any, seed: Any) -> Any:
-        inputs, numbers = batch
-        with tf.GradientTape() as tape:
-            logits = trainable.train_logits(inputs, numbers[2], seed)
-            loss, sums = losses(logits, numbers, smoothing)
-            weighted = tf.reduce_sum(loss * numbers[0])
-        gradients = tape.gradient(weighted, [variable.value for variable in trainable.variables])
-        gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
-        if config.gradient_clip_norm:
-            gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
-        optimizer.apply(gradients, list(trainable.variables))
-        return sums
-
-    def evaluate_replica(batch: Any) -> Any:
-        inputs, numbers = batch
-        return losses(trainable.logits(inputs), numbers, 0.0)[1]
-
-    @tf.function
-    def train_step(batch: Any, seed: Any) -> Any:
-        return strategy.reduce("SUM", strategy.run(train_replica, args=(batch, seed)), axis=None)
-
-    @tf.function
-    def evaluation_step(batch: Any) -> Any:
-        return strategy.reduce("SUM", strategy.run(evaluate_replica, args=(batch,)), axis=None)
-
-    return train_step, evaluation_step

@@ -21,7 +21,6 @@ def loop_config(
     config: TrainingConfig, manifest: Manifest, *, phase: str, warmup_fraction: float, mixup_alpha: float
 ) -> LoopConfig:
     """Return the loop's config; `config` has no automatic value left."""
-    counts = np.asarray(manifest.splits["train"].class_counts)
     return LoopConfig(
         phase=phase,
         num_classes=len(manifest.classes),
@@ -37,5 +36,10 @@ def loop_config(
         checkpoint_interval_seconds=config.checkpoint_interval_seconds,
         seed=config.seed,
         mixup_alpha=mixup_alpha,
-        class_weights=balanced_class_weights(counts) if config.class_weights == "balanced" else None,
+        class_weights=class_weights_of(manifest) if config.class_weights == "balanced" else None,
     )
+
+
+def class_weights_of(manifest: Manifest) -> np.ndarray:
+    """Return `float32[classes]` weights by which every class counts the same."""
+    return balanced_class_weights(np.asarray(manifest.splits["train"].class_counts))

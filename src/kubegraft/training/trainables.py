@@ -9,17 +9,17 @@ import keras
 import tensorflow as tf
 
 if TYPE_CHECKING:
-    from kubegraft.modeling.classifier import ClassifierParts
+    from kubegraft.modeling.classifier import ClassifierParts, HeadParts
 
 
 class HeadOnFeatures:
     """The head alone; its inputs are pooled features, `float32[batch, dim]`."""
 
-    def __init__(self, parts: ClassifierParts, batch_size: int) -> None:
+    def __init__(self, parts: ClassifierParts | HeadParts, batch_size: int) -> None:
         """Take the head's layers.
 
         Args:
-            parts: Parts of the classifier.
+            parts: Parts of the classifier, or of a head alone.
             batch_size: Global batch size, over all replicas.
         """
         self._layers = parts.head_layers

@@ -1,0 +1,200 @@
+"""Compiled steps over the batches of an epoch: one at a time from a stream, or many at once from held features.
+
+A step of a head on features is a fraction of a millisecond of matrix products; handing each batch from Python
+to the graph costs several times that. So features that fit are held on the device, and one call of the graph
+runs as many steps as take about a fifth of a second, gathering each batch itself. Both ways compute the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from kubegraft.training.batches import EpochBatches
+from kubegraft.training.sources import FeatureSource, Source
+
+if TYPE_CHECKING:
+    from kubegraft.training.loop import LoopConfig, Trainable
+    from kubegraft.training.optimizer import GlobalAdamW
+
+# Each device holds a copy of the features of both splits.
+RESIDENT_BYTES: Final = 1 << 30
+# A call of the graph can't be interrupted: long enough to forget its cost, short enough for signals.
+_CALL_SECONDS: Final = 0.2
+
+# (inputs, numbers) of one replica and a seed -> float32[3]: loss, correct answers and examples, summed.
+ReplicaStep = Callable[[tuple[Any, Any], Any], Any]
+
+
+class Steps(Protocol):
+    """A compiled step, bound to one split."""
+
+    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Run the steps of an epoch from `first` on.
+
+        Args:
+            batches: The epoch.
+            first: Number of the first step to run.
+            seed: Seed of the run, and the number of the epoch's step 0 over all epochs; key the dropout masks.
+
+        Yields:
+            `float32[num_steps, 3]`: loss, correct answers and examples of each step since the last yield,
+            summed over real examples and replicas.
+        """
+
+
+def make_steps(strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep) -> Steps:
+    """Return steps over a split, from held features where they fit."""
+    if isinstance(source, FeatureSource) and source.features.nbytes <= RESIDENT_BYTES:
+        return _ResidentSteps(strategy, source, batch_size, replica_step)
+    return _StreamedSteps(strategy, source, batch_size, replica_step)
+
+
+class _StreamedSteps:
+    """Batches come from a `tf.data` pipeline, one call of the graph each."""
+
+    def __init__(self, strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep) -> None:
+        self._strategy, self._source, self._batch_size = strategy, source, batch_size
+
+        @tf.function
+        def step(batch: Any, seed: Any) -> Any:
+            return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
+
+        self._step = step
+
+    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Run one step a yield; see `Steps`."""
+        if first >= batches.num_steps:
+            return
+        for number, batch in enumerate(self._distributed(batches, first), first):
+            yield self._step(batch, tf.constant([seed[0], seed[1] + number], tf.int32)).numpy()[None]
+
+    def _distributed(self, batches: EpochBatches, first: int) -> Any:
+        """Return an iterable over the batches from `first` on, split over the replicas."""
+        source, per_replica = self._source, self._batch_size // self._strategy.num_replicas_in_sync
+
+        def dataset(context: Any) -> Any:
+            width = self._batch_size // context.num_input_pipelines
+            columns = slice(context.input_pipeline_id * width, (context.input_pipeline_id + 1) * width)
+            rows = slice(first, None)
+            numbers = tf.data.Dataset.from_tensor_slices(
+                tuple(array[rows, columns].reshape(-1, per_replica) for array in _numbers(source, batches))
+            )
+            inputs = source.inputs(batches, rows, columns, per_replica)
+            return tf.data.Dataset.zip((inputs, numbers)).prefetch(2)
+
+        return self._strategy.distribute_datasets_from_function(dataset)
+
+
+class _ResidentSteps:
+    """Every device holds all features; one call of the graph runs many steps."""
+
+    def __init__(
+        self, strategy: Any, source: FeatureSource, batch_size: int, replica_step: ReplicaStep
+    ) -> None:
+        self._source, self._steps_a_call = source, 1
+        per_replica = batch_size // strategy.num_replicas_in_sync
+        with strategy.scope():
+            features = tf.Variable(np.asarray(source.features), trainable=False, name="features")
+
+        def replica(row: tuple[Any, ...], seed: Any) -> Any:
+            start = tf.distribute.get_replica_context().replica_id_in_sync_group * per_replica
+            index, partner, *numbers = (array[start : start + per_replica] for array in row)
+            return replica_step((_gathered(features, index, partner, numbers[3]), tuple(numbers)), seed)
+
+        @tf.function(reduce_retracing=True)
+        def steps(epoch: tuple[Any, ...], first: Any, last: Any, seed: Any) -> Any:
+            def body(step: Any, results: Any) -> tuple[Any, Any]:
+                row = tuple(array[step] for array in epoch)
+                key = seed + tf.stack([0, step])
+                sums = strategy.reduce("SUM", strategy.run(replica, args=(row, key)), axis=None)
+                return step + 1, results.write(step - first, sums)
+
+            results = tf.TensorArray(tf.float32, size=last - first, element_shape=[3])
+            loop = (first, results)
+            return tf.while_loop(lambda step, _: step < last, body, loop, parallel_iterations=1)[1].stack()
+
+        self._steps = steps
+
+    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Run many steps a yield; see `Steps`."""
+        arrays = (batches.index, batches.partner, *_numbers(self._source, batches))
+        epoch = tuple(map(tf.constant, arrays))
+        key = tf.constant(seed, tf.int32)
+        while first < batches.num_steps:
+            last = min(first + self._steps_a_call, batches.num_steps)
+            started = time.monotonic()
+            sums = self._steps(epoch, tf.constant(first), tf.constant(last), key).numpy()
+            self._adapt(time.monotonic() - started)
+            first = last
+            yield sums
+
+    def _adapt(self, seconds: float) -> None:
+        if seconds < _CALL_SECONDS / 2:
+            self._steps_a_call *= 2
+        elif seconds > 2 * _CALL_SECONDS:
+            self._steps_a_call = max(1, self._steps_a_call // 2)
+
+
+def _gathered(features: Any, index: Any, partner: Any, share: Any) -> Any:
+    """Return the examples of a batch, mixed with their partners where mixup says so."""
+    own = tf.gather(features, index)
+    share = tf.reshape(share, [-1, *[1] * (len(own.shape) - 1)])
+    return tf.cond(
+        tf.reduce_all(share == 1),
+        lambda: own,
+        lambda: share * own + (1 - share) * tf.gather(features, partner),
+    )
+
+
+def _numbers(source: Source, batches: EpochBatches) -> tuple[np.ndarray, ...]:
+    """Return what a step must know of each example beside its inputs; see `EpochBatches`."""
+    return (
+        batches.weight,
+        batches.real,
+        np.ascontiguousarray(batches.position),
+        batches.share,
+        source.labels[batches.index],
+        source.labels[batches.partner],
+    )
+
+
+def replica_steps(
+    trainable: Trainable, optimizer: GlobalAdamW, config: LoopConfig
+) -> tuple[ReplicaStep, ReplicaStep]:
+    """Return a training step and an evaluation step of one replica."""
+
+    def losses(logits: Any, numbers: Any, smoothing: float) -> tuple[Any, Any]:
+        share, label, partner = numbers[3][:, None], numbers[4], numbers[5]
+        targets = share * tf.one_hot(label, config.num_classes)
+        targets += (1 - share) * tf.one_hot(partner, config.num_classes)
+        targets = targets * (1 - smoothing) + smoothing / config.num_classes
+        loss = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+        correct = tf.cast(tf.argmax(logits, -1, tf.int32) == tf.cast(label, tf.int32), tf.float32)
+        real = numbers[1]
+        return loss, tf.stack(
+            [tf.reduce_sum(loss * real), tf.reduce_sum(correct * real), tf.reduce_sum(real)]
+        )
+
+    def train(batch: tuple[Any, Any], seed: Any) -> Any:
+        inputs, numbers = batch
+        with tf.GradientTape() as tape:
+            logits = trainable.train_logits(inputs, numbers[2], seed)
+            loss, sums = losses(logits, numbers, config.label_smoothing)
+            weighted = tf.reduce_sum(loss * numbers[0])
+        gradients = tape.gradient(weighted, [variable.value for variable in trainable.variables])
+        gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+        if config.gradient_clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
+        optimizer.apply(gradients, list(trainable.variables))
+        return sums
+
+    def evaluate(batch: tuple[Any, Any], seed: Any) -> Any:
+        inputs, numbers = batch
+        return losses(trainable.logits(inputs), numbers, 0.0)[1]
+
+    return train, evaluate
