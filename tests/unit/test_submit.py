@@ -455,4 +455,4 @@ def test_compiling_refuses_an_image_that_moves(tmp_path):
 
 def test_without_caching_no_task_is_answered_from_the_cache():
     spec = next(iter(yaml.safe_load_all(PipelinePackage(COMPILED).without_caching().text)))
-    assert [task["cachingOptions"] for task in spec["root"]["dag"]["tasks"].values()] == [{}] * 5
+    assert [task["cachingOptions"] for task in spec["root"]["dag"]["tasks"].values()] == [{}] * 6
