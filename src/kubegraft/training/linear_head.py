@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 DECAYS: Final = tuple(float(f"{10.0**half:.3g}") for half in np.arange(1.0, -5.1, -0.5))
 # Along the path an approximate optimum tells decays apart; the one that is kept is solved exactly.
 _PATH_TOLERANCE: Final = 1e-4
-_TOLERANCE: Final = 1e-5
 # A weaker decay is not tried any more when this many in a row were no better, and the loss rose this much.
 _PATIENCE: Final = 3
 _CLEARLY_WORSE: Final = 1.1
@@ -143,7 +142,9 @@ def fit_linear_head(
 def _polished(
     problem: LinearProblem, regression: SoftmaxRegression, near: Solution, started: float
 ) -> PathPoint:
-    exact = _measured(problem, regression.solve(near.decay, near.coefficients, _TOLERANCE), started)
+    exact = _measured(
+        problem, regression.solve(near.decay, near.coefficients, regression.finest_tolerance), started
+    )
     log_event("train_head", "solved", **shown(exact))
     return exact
 

@@ -108,6 +108,11 @@ class SoftmaxRegression:
         with blas_threads(self._num_threads):
             self._axes, self._curvature, self._resident = self._rotated(fits)
 
+    @property
+    def finest_tolerance(self) -> float:
+        """Smallest tolerance of `solve` that the arithmetic surely reaches."""
+        return 1e-6 if self._dtype is np.float64 else 1e-5
+
     def _rotated(self, fits: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return axes `[dim, rank]`, the mean square along each, and the features in them if they fit."""
         count, dim = self._features.shape
