@@ -59,7 +59,8 @@ def extract_features(
     compute = _compiled(strategy, forward)
     saved = time.monotonic()
     with stopping_gracefully(), Progress("features", total=num_examples, unit="images") as progress:
-        progress.update(min(done_steps * batch_size, num_examples), split=split)
+        progress.resume(min(done_steps * batch_size, num_examples))
+        progress.update(0, split=split)
         for step, batch in enumerate(
             _distribute(strategy, source, batches, batch_size, done_steps), done_steps
         ):
