@@ -11,6 +11,7 @@ import numpy as np
 
 from kubegraft.errors import Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 from kubegraft.training.softmax_regression import SoftmaxRegression, Solution, loss_and_correct
 
@@ -131,6 +132,10 @@ def fit_linear_head(
             point = _measured(problem, regression.solve(decay, start, _PATH_TOLERANCE), started)
             path.append(point)
             log_event("train_head", "decay", **shown(point))
+            if metrics.wanted():
+                best_accuracy = max(each.validation_accuracy for each in path)
+                seen = {"epoch": len(path) - 1, **shown(point)}
+                metrics.observe_epoch("train_head", len(decays), seen, best_accuracy)
             if reason := _reason_to_stop(path, time_budget_seconds, time.monotonic() - started):
                 stopped = reason
                 break
