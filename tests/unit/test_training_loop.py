@@ -80,7 +80,7 @@ def test_training_learns(tmp_path):
     assert history.best["validation_accuracy"] > 0.7
 
 
-@pytest.mark.parametrize("resident_bytes", [0, 1 << 30], ids=["streamed", "held"])
+@pytest.mark.parametrize("resident_bytes", [0, 512 << 20], ids=["streamed", "held"])
 @pytest.mark.parametrize("calls_before_stop", [1, 2, 4])
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, calls_before_stop, resident_bytes):
     monkeypatch.setattr(steps, "RESIDENT_BYTES", resident_bytes)

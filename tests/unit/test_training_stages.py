@@ -174,7 +174,7 @@ def test_a_head_that_nobody_chose_numbers_for_is_solved_for(dataset, tmp_path):
     assert again.digest == result.digest
     head_config = {**loaded.metadata["config"], "hidden_units": (256,)}
     said_again = train_head(dataset, tmp_path / "said_again", HeadConfig(**head_config))
-    assert said_again.metrics["validation_loss"] == pytest.approx(kept["validation_loss"], abs=1e-3)
+    assert said_again.metrics["validation_loss"] == pytest.approx(kept["validation_loss"], abs=2e-3)
 
 
 def test_a_searched_head_is_trained_on_all_of_the_training_split(dataset, tmp_path):

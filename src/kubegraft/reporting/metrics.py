@@ -151,13 +151,17 @@ def observe_progress(stage: str, unit: str, done: int, total: int, rate: float, 
 
 
 def observe_epoch(stage: str, num_epochs: int, result: Mapping[str, float], best: float) -> None:
-    """Take what an epoch came to: `epoch`, counted from 0, and the fields that the log has of it."""
+    """Take what an epoch came to: `epoch`, counted from 0, and the fields that the log has of it.
+
+    A head that is solved for has a weight decay in the place of each epoch, and no learning rate.
+    """
     board = _metrics.board
     board.set("epoch", stage, result["epoch"] + 1)
     board.set("epochs_target", stage, num_epochs)
     board.set("best_validation_accuracy", stage, best)
     for name in _OF_AN_EPOCH:
-        board.set(name, stage, result[name])
+        if name in result:
+            board.set(name, stage, result[name])
     _metrics.show(at_once=False)
 
 

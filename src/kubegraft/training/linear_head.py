@@ -11,6 +11,7 @@ import numpy as np
 
 from kubegraft.errors import Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 from kubegraft.training.softmax_regression import SoftmaxRegression, Solution, loss_and_correct
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 DECAYS: Final = tuple(float(f"{10.0**half:.3g}") for half in np.arange(1.0, -5.1, -0.5))
 # Along the path an approximate optimum tells decays apart; the one that is kept is solved exactly.
 _PATH_TOLERANCE: Final = 1e-4
-_TOLERANCE: Final = 1e-5
 # A weaker decay is not tried any more when this many in a row were no better, and the loss rose this much.
 _PATIENCE: Final = 3
 _CLEARLY_WORSE: Final = 1.1
@@ -132,6 +132,10 @@ def fit_linear_head(
             point = _measured(problem, regression.solve(decay, start, _PATH_TOLERANCE), started)
             path.append(point)
             log_event("train_head", "decay", **shown(point))
+            if metrics.wanted():
+                best_accuracy = max(each.validation_accuracy for each in path)
+                seen = {"epoch": len(path) - 1, **shown(point)}
+                metrics.observe_epoch("train_head", len(decays), seen, best_accuracy)
             if reason := _reason_to_stop(path, time_budget_seconds, time.monotonic() - started):
                 stopped = reason
                 break
@@ -143,7 +147,9 @@ def fit_linear_head(
 def _polished(
     problem: LinearProblem, regression: SoftmaxRegression, near: Solution, started: float
 ) -> PathPoint:
-    exact = _measured(problem, regression.solve(near.decay, near.coefficients, _TOLERANCE), started)
+    exact = _measured(
+        problem, regression.solve(near.decay, near.coefficients, regression.finest_tolerance), started
+    )
     log_event("train_head", "solved", **shown(exact))
     return exact
 

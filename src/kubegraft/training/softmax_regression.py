@@ -73,11 +73,11 @@ class SoftmaxRegression:
         variance: np.ndarray | None = None,
         label_smoothing: float = 0.0,
         class_weights: np.ndarray | None = None,
-        resident_bytes: int = 2 << 30,
+        resident_bytes: int = 1 << 30,
         chunk_rows: int = 8192,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Find the principal axes: two passes over the features at most.
+        """Find the principal axes: three passes over the features at most.
 
         Args:
             features: `float32[num_examples, dim]`; may be memory-mapped.
@@ -105,8 +105,14 @@ class SoftmaxRegression:
         self._dtype = np.float64 if features.size <= _FLOAT64_NUMBERS else np.float32
         self._num_threads = _cores() if features.size > _THREADED_NUMBERS else 1
         fits = features.size * np.dtype(self._dtype).itemsize <= resident_bytes
+        self._require_finite()
         with blas_threads(self._num_threads):
             self._axes, self._curvature, self._resident = self._rotated(fits)
+
+    @property
+    def finest_tolerance(self) -> float:
+        """Smallest tolerance of `solve` that the arithmetic surely reaches."""
+        return 1e-6 if self._dtype is np.float64 else 1e-5
 
     def _rotated(self, fits: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return axes `[dim, rank]`, the mean square along each, and the features in them if they fit."""
@@ -195,24 +201,24 @@ class SoftmaxRegression:
     def objective(self, coefficients: np.ndarray, decay: float) -> tuple[float, np.ndarray]:
         """Return f and its gradient at coefficients along the axes, `float64[rank + 1, classes]`, bias last."""
         kernel = coefficients[:-1]
-        loss, gradient = 0.0, np.zeros((self._width, self._classes))
+        loss, transposed = 0.0, np.zeros((self._classes, self._width))
         bias_gradient = np.zeros(self._classes)
         for rows, inputs, logits in self._logits(coefficients):
             labels, weights = self._labels[rows], self._weights[rows]
-            shifted, total = _exponentials(logits)
+            shifted, residual, total = _exponentials(logits)
             every = np.arange(len(labels))
-            log_total = np.log(total)
             chosen = (1 - self._smoothing) * shifted[every, labels] + self._smoothing * shifted.mean(1)
-            loss += float(np.dot(weights, (log_total - chosen).astype(np.float64)))
-            residual = np.exp(shifted) / total[:, None] - self._dtype(self._smoothing / self._classes)
+            loss += float(np.dot(weights, (np.log(total) - chosen).astype(np.float64)))
+            residual /= total[:, None]
+            residual -= self._dtype(self._smoothing / self._classes)
             residual[every, labels] -= 1 - self._smoothing
             residual *= weights[:, None].astype(self._dtype)
-            gradient += inputs.T @ residual
+            # This way round BLAS reads the features in the order in which they lie.
+            transposed += np.ascontiguousarray(residual.T) @ inputs
             bias_gradient += residual.sum(0, dtype=np.float64)
-        if self._resident is None:
-            gradient = self._axes.T @ gradient
-        gradient += decay * kernel
-        return loss + 0.5 * decay * float(np.square(kernel).sum()), np.vstack([gradient, bias_gradient])
+        gradient = transposed.T if self._resident is not None else self._axes.T @ transposed.T
+        value = loss + 0.5 * decay * float(np.square(kernel).sum())
+        return value, np.vstack([gradient + decay * kernel, bias_gradient])
 
     def _measure(self, coefficients: np.ndarray) -> tuple[float, float]:
         loss = correct = 0.0
@@ -225,8 +231,8 @@ class SoftmaxRegression:
         """Return the mean of p (1 - p), by which the features' squares count in the curvature of f."""
         total = 0.0
         for rows, _inputs, logits in self._logits(coefficients):
-            shifted, sums = _exponentials(logits)
-            probabilities = np.exp(shifted) / sums[:, None]
+            _, probabilities, sums = _exponentials(logits)
+            probabilities /= sums[:, None]
             total += float(np.dot(self._weights[rows], (probabilities * (1 - probabilities)).mean(1)))
         return max(total, 1e-6)
 
@@ -248,27 +254,32 @@ class SoftmaxRegression:
         return (slice(start, min(start + self._rows, count)) for start in range(0, count, self._rows))
 
     def _standardised(self, rows: slice, dtype: Any) -> np.ndarray:
-        chunk = (np.asarray(self._features[rows], np.float64) - self._mean) * self._scale
-        if not np.isfinite(chunk).all():
-            raise TrainingError(
-                "`features` must be finite numbers. Received: features that are not among examples "
-                f"{rows.start or 0} to {(rows.start or 0) + len(chunk) - 1}. Use other weights of the backbone, "
-                "or mixed_precision='off'."
-            )
-        return chunk.astype(dtype)
+        chunk: np.ndarray = np.array(self._features[rows], dtype)
+        chunk -= self._mean.astype(dtype)
+        chunk *= self._scale.astype(dtype)
+        return chunk
+
+    def _require_finite(self) -> None:
+        for rows in self._chunks():
+            if not np.isfinite(self._features[rows]).all():
+                raise TrainingError(
+                    "`features` must be finite numbers. Received: features that are not among examples "
+                    f"{rows.start} to {rows.stop - 1}. Use other weights of the backbone, or mixed_precision='off'."
+                )
 
 
 def loss_and_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
     """Return the summed cross-entropy in float64, and the number of right answers."""
-    shifted, total = _exponentials(logits)
+    shifted, _, total = _exponentials(logits)
     losses = np.log(total) - shifted[np.arange(len(labels)), labels]
     return float(losses.sum(dtype=np.float64)), int((logits.argmax(1) == labels).sum())
 
 
-def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits less the largest of their row, and the sum of their exponentials."""
+def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return logits less the largest of their row, their exponentials, and the sum of these over the row."""
     shifted = logits - logits.max(1, keepdims=True)
-    return shifted, np.exp(shifted).sum(1)
+    exponentials = np.exp(shifted)
+    return shifted, exponentials, exponentials.sum(1)
 
 
 def _cores() -> int:

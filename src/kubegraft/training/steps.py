@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kubegraft.training.optimizer import GlobalAdamW
 
 # Each device holds a copy of the features of both splits.
-RESIDENT_BYTES: Final = 1 << 30
+RESIDENT_BYTES: Final = 512 << 20
 # A call of the graph can't be interrupted: long enough to forget its cost, short enough for signals.
 _CALL_SECONDS: Final = 0.2
 
