@@ -86,7 +86,7 @@ class ActivationPlan:
     Attributes:
         way: `activations` (only the suffix trains, from kept activations), `full graph` (the frozen blocks run
             again in every epoch), or `features only` (no block is unfrozen).
-        num_blocks: Most blocks to unfreeze.
+        trials: Numbers of blocks to unfreeze in one trial after the other, from few to many.
         num_views: Views that are kept of each training image.
         disk_bytes: Most that the activations take on disk at one time.
         in_memory: Whether they fit into memory, so that the disk is read once.
@@ -94,16 +94,11 @@ class ActivationPlan:
     """
 
     way: Way
-    num_blocks: int
+    trials: tuple[int, ...]
     num_views: int
     disk_bytes: int
     in_memory: bool
     reason: str
-
-    @property
-    def trials(self) -> tuple[int, ...]:
-        """Numbers of blocks to try, from few to many; see `depths`."""
-        return depths(self.num_blocks)
 
 
 def depths(most: int) -> tuple[int, ...]:
@@ -124,9 +119,11 @@ def plan_activations(wish: Wish, cuts: Sequence[Cut], limits: Limits) -> Activat
         limits: What the machine allows.
     """
     if not wish.num_blocks:
-        return ActivationPlan("features only", 0, 1, 0, True, "no block is to be unfrozen")
+        return ActivationPlan("features only", (0,), 1, 0, True, "no block is to be unfrozen")
     if wish.mixes_pixels:
-        return _full_graph(wish, "mixup blends pixels, so each epoch's images must pass the frozen blocks anew")
+        return _full_graph(
+            wish, "mixup blends pixels, so each epoch's images must pass the frozen blocks anew"
+        )
     if wish.num_blocks >= wish.num_backbone_blocks:
         return _full_graph(wish, "all blocks are unfrozen, so there is no frozen part to compute once")
     by_blocks = {cut.num_blocks: cut for cut in cuts}
@@ -137,7 +134,8 @@ def plan_activations(wish: Wish, cuts: Sequence[Cut], limits: Limits) -> Activat
             in_memory = needed <= MEMORY_SHARE * limits.memory_bytes
             if needed <= DISK_SHARE * limits.free_disk_bytes and (in_memory or num_views == fewest_views):
                 reason = _reason(wish, by_blocks[num_blocks], num_views, needed, in_memory)
-                return ActivationPlan("activations", num_blocks, num_views, needed, in_memory, reason)
+                trials = _trials(wish, num_blocks)
+                return ActivationPlan("activations", trials, num_views, needed, in_memory, reason)
     return _without_cache(wish, by_blocks, limits, fewest_views)
 
 
@@ -177,13 +175,17 @@ def _one_cut_bytes(wish: Wish, cut: Cut, num_views: int) -> int:
 
 def _disk_bytes(wish: Wish, by_blocks: dict[int, Cut], num_blocks: int, num_views: int) -> int:
     """Return the bytes of the deepest cut and of the largest other one that is tried beside it."""
-    others = [] if wish.blocks_given else [depth for depth in depths(num_blocks) if depth < num_blocks]
+    others = _trials(wish, num_blocks)[:-1]
     beside = max((_one_cut_bytes(wish, by_blocks[depth], num_views) for depth in others), default=0)
     return _one_cut_bytes(wish, by_blocks[num_blocks], num_views) + beside
 
 
+def _trials(wish: Wish, num_blocks: int) -> tuple[int, ...]:
+    return (num_blocks,) if wish.blocks_given else depths(num_blocks)
+
+
 def _full_graph(wish: Wish, reason: str) -> ActivationPlan:
-    return ActivationPlan("full graph", wish.num_blocks, 1, 0, True, reason)
+    return ActivationPlan("full graph", (wish.num_blocks,), 1, 0, True, reason)
 
 
 def _reason(wish: Wish, cut: Cut, num_views: int, needed: int, in_memory: bool) -> str:
@@ -214,5 +216,7 @@ def _without_cache(
     bearable = wish.num_train * wish.num_epochs <= _BEARABLE_PASSES
     if wish.blocks_given or limits.has_gpu or bearable:
         return _full_graph(wish, short)
-    plan = _full_graph(wish, f"{short}, and {wish.num_train * wish.num_epochs:,} passes of whole images take days")
-    return dataclasses.replace(plan, way="features only", num_blocks=0)
+    plan = _full_graph(
+        wish, f"{short}, and {wish.num_train * wish.num_epochs:,} passes of whole images take days"
+    )
+    return dataclasses.replace(plan, way="features only", trials=(0,))

@@ -12,9 +12,7 @@ CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 _NO_LIMIT: Final = 2**60  # version 1 says "no limit" with a huge number
 
 
-def memory_limit_bytes(
-    root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")
-) -> int | None:
+def memory_limit_bytes(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:
     """Return how much memory the cgroups of this process allow, or None for no limit.
 
     The smallest limit counts, of the process's own cgroup and of those that it lies in. In a container the

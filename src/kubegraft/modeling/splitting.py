@@ -127,9 +127,7 @@ def pack(tensors: Any) -> Any:
     """Return tensors `[batch, ...]` as one row for each image, `[batch, row_length]`."""
     import tensorflow as tf
 
-    rows = [
-        tf.reshape(tensor, (-1, math.prod(tensor.shape[1:]))) for tensor in _listed(tensors)
-    ]
+    rows = [tf.reshape(tensor, (-1, math.prod(tensor.shape[1:]))) for tensor in _listed(tensors)]
     return rows[0] if len(rows) == 1 else tf.concat(rows, 1)
 
 
@@ -139,9 +137,7 @@ def unpack(rows: Any, boundary: Boundary) -> list[Any]:
 
     lengths = [math.prod(shape) for shape in boundary.shapes]
     columns = [rows] if len(lengths) == 1 else tf.split(rows, lengths, 1)
-    return [
-        tf.reshape(column, (-1, *shape)) for column, shape in zip(columns, boundary.shapes, strict=True)
-    ]
+    return [tf.reshape(column, (-1, *shape)) for column, shape in zip(columns, boundary.shapes, strict=True)]
 
 
 def _listed(tensors: Any) -> Sequence[Any]:
@@ -182,9 +178,7 @@ def _needed_by(operation: Any) -> set[int]:
         current = waiting.pop()
         if id(current) not in needed:
             needed.add(id(current))
-            waiting.extend(
-                tensor._keras_history.operation for tensor in _first_node(current).input_tensors
-            )
+            waiting.extend(tensor._keras_history.operation for tensor in _first_node(current).input_tensors)
     return needed
 
 

@@ -78,7 +78,13 @@ def image_activations(
         path: File that keeps the activations.
     """
     return _kept(
-        strategy, split.activations, images, split.boundary, path, images.reader.labels, max(images.num_views, 1)
+        strategy,
+        split.activations,
+        images,
+        split.boundary,
+        path,
+        images.reader.labels,
+        max(images.num_views, 1),
     )
 
 

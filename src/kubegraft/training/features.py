@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import tensorflow as tf
 
-from kubegraft.errors import Interrupted
+from kubegraft.errors import EnvironmentFault, Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import write_atomically
@@ -88,7 +88,7 @@ def extract_rows(
     num_done = int(done_path.read_text()) if done_path.exists() else 0
     done_steps = num_done // batch_size if num_done < num_examples else -(-num_examples // batch_size)
     if not num_done:
-        np.lib.format.open_memmap(path, "w+", stored_dtype(dtype), (num_examples, row_length)).flush()
+        _reserve(path, (num_examples, row_length), stored_dtype(dtype))
     features = np.load(path, mmap_mode="r+")
     batches = epoch_batches(source.labels, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
     compute = _compiled(strategy, forward, dtype)
@@ -118,6 +118,21 @@ def extract_rows(
 def stored_dtype(dtype: str) -> Any:
     """Return the numpy dtype in which rows of a Keras dtype are kept."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def _reserve(path: Path, shape: tuple[int, int], dtype: Any) -> None:
+    """Make the file, with its space on disk: writing to a mapped hole on a full disk would end the process."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink()
+        raise EnvironmentFault(
+            f"`{path.name}` needs {size:,} bytes of disk. Received: {error.strerror} at {str(path.parent)!r}. "
+            "Make room, or put the work directory elsewhere."
+        ) from error
 
 
 def _save(features: np.memmap, path: Path, done_path: Path, num_done: int) -> None:

@@ -101,14 +101,12 @@ class ImageSource:
         )
         mixes = bool(np.any(share != 1))
         views, index, partner = self._seen(index, partner)
-        seeds = (
-            self.reader.digests[index, :8].view("<i4") if self.num_views else np.stack([key, 0 * key], 1)
-        )
+        seeds = self.reader.digests[index, :8].view("<i4") if self.num_views else np.stack([key, 0 * key], 1)
 
         def load(index: Any, partner: Any, share: Any, seed: Any, view: Any) -> Any:
             image = self._image(index, seed, view)
             if mixes:
-                image = share * image + (1 - share) * self._image(partner, seed + [0, 1], view)
+                image = share * image + (1 - share) * self._image(partner, seed + tf.constant([0, 1]), view)
             return image
 
         return (
