@@ -13,8 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
-
 from kubegraft import tensorflow_setup
 from kubegraft.activation_plan import ActivationPlan, Cut, Limits, plan_activations
 from kubegraft.config import FineTuneConfig
@@ -30,7 +28,7 @@ from kubegraft.recipes import Choice, fine_tune_wish, resolve_fine_tune
 from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage, write_atomically
 from kubegraft.training.block_trials import Trial, reason_of, try_depths
-from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
+from kubegraft.training.distribution import divisible_batch_size, has_gpu, make_strategy, precision_policy
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import (
     HEAD_HISTORY_FILE,
@@ -150,7 +148,7 @@ class _FineTuning:
         limits = Limits(
             usable_memory_bytes(),
             free_disk_bytes(self.workspace.scratch),
-            has_gpu=bool(tf.config.list_logical_devices("GPU")),
+            has_gpu=has_gpu(),
         )
         plan = plan_activations(self.wish, cuts, limits)
         write_atomically(path, json.dumps(dataclasses.asdict(plan)))
