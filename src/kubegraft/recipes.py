@@ -145,6 +145,8 @@ def fine_tune_wish(
     """
     transforms = {name.strip() for name in resolved.augmentation.split(",")} - {"none"}
     views = next((views for most, views in _VIEWS if facts.num_train <= most), 1)
+    # A view costs a pass through the frozen blocks, which must not outweigh the epochs that it is for.
+    views = max(1, min(views, -(-resolved.num_epochs // 2)))
     chosen = given.augmentation not in (AUTO_NAME, "none")
     if chosen:
         views = max(views, 2)
@@ -154,8 +156,8 @@ def fine_tune_wish(
         num_backbone_blocks=num_backbone_blocks,
         num_blocks=resolved.num_blocks,
         blocks_given=given.num_blocks != AUTO or given.unfreeze_fraction != AUTO,
-        num_views=min(views, max(resolved.num_epochs, 1)) if transforms else 1,
-        views_given=chosen and resolved.num_epochs > 1,
+        num_views=views if transforms else 1,
+        views_given=chosen,
         mixes_pixels="mixup" in transforms,
         num_epochs=resolved.num_epochs,
     )

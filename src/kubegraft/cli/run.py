@@ -11,6 +11,7 @@ import click
 from kubegraft.cli.group import DebugOption
 from kubegraft.cli.options import SectionedCommand, config_options, input_argument, json_option, output_option
 from kubegraft.cli.output import print_facts, print_json, print_table, program, stdout_to_stderr
+from kubegraft.errors import ConfigError
 from kubegraft.run_config import STAGES, RunConfig
 
 
@@ -89,9 +90,16 @@ def run(
     if dry_run:
         _dry_run(run_config, output, num_images, num_classes, memory_gib, disk_gib, as_json=as_json)
         return
-    for name, value in (("num-images", num_images), ("memory-gib", memory_gib), ("disk-gib", disk_gib)):
+    for name, value in (
+        ("num_images", num_images),
+        ("num_classes", num_classes),
+        ("memory_gib", memory_gib),
+        ("disk_gib", disk_gib),
+    ):
         if value is not None:
-            raise click.UsageError(f"--{name} is for --dry-run only. Received: --{name} {value}.")
+            raise ConfigError(
+                f"`{name}` is for --dry-run only. Received: {name}={value!r}. Add --dry-run, or leave it out."
+            )
     from kubegraft.local_run import run_locally
 
     summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri, if_changed=if_changed)
