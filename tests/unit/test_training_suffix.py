@@ -1,7 +1,6 @@
 """Fine-tuning from boundary activations, on tiny images and a small random backbone."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from kubegraft.modeling.backbones import get_backbone
 from kubegraft.modeling.classifier import load_classifier, parts
 from kubegraft.modeling.freezing import rate_multipliers, unfreeze_last_blocks
 from kubegraft.modeling.splitting import split_backbone
+from kubegraft.stage import read_result
 from kubegraft.training import features, loop
 from kubegraft.training.distribution import make_strategy
 from kubegraft.training.fine_tune import fine_tune
@@ -49,6 +49,14 @@ def head(dataset, tmp_path_factory):
     output = tmp_path_factory.mktemp("head") / "model"
     options = {"weights": "none", "input_size": SIZE, "num_epochs": 2, "batch_size": BATCH_SIZE}
     train_head(dataset, output, HeadConfig(backbone=BACKBONE.name, **options))
+    return output
+
+
+@pytest.fixture(scope="module")
+def found(dataset, head, tmp_path_factory):
+    """A model directory of a fine-tuning that nobody disturbed, with its number of blocks found by trials."""
+    output = tmp_path_factory.mktemp("found") / "model"
+    fine_tune(dataset, head, output, FineTuneConfig(**FINE_TUNE))
     return output
 
 
@@ -150,30 +158,26 @@ def test_a_cut_behind_a_trainable_block_is_refused(head):
         HeadOnSuffix(parts(model), split, BATCH_SIZE)
 
 
-def test_open_blocks_are_found_by_trials_and_told(dataset, head, tmp_path):
-    result = fine_tune(dataset, head, tmp_path / "model", FineTuneConfig(**FINE_TUNE))
-    metadata = load_classifier(tmp_path / "model").metadata
+def test_open_blocks_are_found_by_trials_and_told(found):
+    metadata = load_classifier(found).metadata
     trials = metadata["trials"]
     assert [trial["num_blocks"] for trial in trials] == [1, 2, 4][: len(trials)]
     best = max(trials, key=lambda trial: (trial["validation_accuracy"], -trial["validation_loss"]))
     assert metadata["num_unfrozen_blocks"] == best["num_blocks"] == metadata["config"]["num_blocks"]
-    assert result.metrics["validation_accuracy"] == best["validation_accuracy"]
+    assert read_result(found).metrics["validation_accuracy"] == best["validation_accuracy"]
     choices = {choice["name"]: choice for choice in metadata["choices"]}
     assert f"{best['num_blocks']} (" in choices["num_blocks"]["reason"]
     assert choices["frozen_blocks"]["value"] == "computed once"
     assert choices["augmentation_views"]["value"] == "2 cached views"
 
 
-def test_blocks_found_by_trials_are_as_good_as_given_ones(dataset, head, tmp_path):
-    found = fine_tune(dataset, head, tmp_path / "found", FineTuneConfig(**FINE_TUNE))
-    num_blocks = load_classifier(tmp_path / "found").metadata["num_unfrozen_blocks"]
+def test_blocks_found_by_trials_are_as_good_as_given_ones(dataset, head, found, tmp_path):
+    num_blocks = load_classifier(found).metadata["num_unfrozen_blocks"]
     given = fine_tune(dataset, head, tmp_path / "given", FineTuneConfig(**FINE_TUNE, num_blocks=num_blocks))
-    assert given.metrics["validation_loss"] == pytest.approx(found.metrics["validation_loss"], abs=1e-4)
-    for one, other in zip(
-        load_classifier(tmp_path / "given").model.get_weights(),
-        load_classifier(tmp_path / "found").model.get_weights(),
-        strict=True,
-    ):
+    expected = read_result(found).metrics["validation_loss"]
+    assert given.metrics["validation_loss"] == pytest.approx(expected, abs=1e-4)
+    models = [load_classifier(directory).model for directory in (tmp_path / "given", found)]
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
@@ -191,22 +195,21 @@ def test_what_must_pass_the_frozen_blocks_trains_the_full_graph(dataset, head, t
     assert reason in choices["frozen_blocks"]["reason"]
 
 
-@pytest.mark.parametrize("module", [features, loop], ids=["computing activations", "training"])
-def test_a_stopped_fine_tuning_goes_on_to_the_same_model(dataset, head, tmp_path, monkeypatch, module):
-    config = FineTuneConfig(**FINE_TUNE, checkpoint_interval_seconds=0)
-    undisturbed = fine_tune(dataset, head, tmp_path / "undisturbed", config)
-    for number_of_calls in (1, 6, 11):
+@pytest.mark.parametrize(
+    ("module", "stops"), [(features, (1, 4)), (loop, (1, 7))], ids=["computing activations", "training"]
+)
+def test_a_stopped_fine_tuning_goes_on_to_the_same_model(
+    dataset, head, found, tmp_path, monkeypatch, module, stops
+):
+    config = FineTuneConfig(**FINE_TUNE)
+    for number_of_calls in stops:
         remaining = iter([False] * (number_of_calls - 1) + [True])
         monkeypatch.setattr(module, "stop_requested", lambda remaining=remaining: next(remaining, False))
-        try:
+        with pytest.raises(Interrupted):
             fine_tune(dataset, head, tmp_path / "stopped", config)
-        except Interrupted:
-            continue
-        break
     monkeypatch.undo()
-    if not (tmp_path / "stopped" / "result.json").exists():
-        fine_tune(dataset, head, tmp_path / "stopped", config)
-    assert json.loads((tmp_path / "stopped" / "result.json").read_text())["digest"] == undisturbed.digest
+    continued = fine_tune(dataset, head, tmp_path / "stopped", config)
+    assert continued.digest == read_result(found).digest
 
 
 def test_bfloat16_activations_are_kept_as_their_bits(tmp_path):
