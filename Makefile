@@ -17,10 +17,10 @@ DOCKER_FLAGS ?=
 CHECKOV := $(VENV)-checkov
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-manifests lint format compile generate check-generated requirements images images-push clean
+.PHONY: help setup run test test-manifests e2e lint format compile generate check-generated requirements images images-push clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: $(READY)  ## make .venv with everything that was tested together
 
@@ -48,6 +48,9 @@ $(CHECKOV)/.ready: tests/manifests/requirements-checkov.txt
 	@$(PYTHON) -m venv --clear $(CHECKOV)
 	@$(CHECKOV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+e2e: $(READY)  ## run the tests that need a cluster (of the current KUBECONFIG) and Docker
+	@$(BIN)/python -m pytest tests/e2e -m e2e $(ARGS)
 
 lint: $(READY)  ## check style, types and who imports whom
 	@$(BIN)/ruff check .
@@ -78,7 +81,7 @@ images:  ## build the images: make images [TARGETS="cpu gpu"] [REGISTRY=...] [TA
 
 images-push:  ## push what `make images` built; a tag that the registry has is left as it is
 	@for target in $(TARGETS); do $(DOCKER_IMAGE); \
-	  if $(DOCKER) manifest inspect "$$image" >/dev/null 2>&1; then echo "$$image is in the registry already; a tag never moves"; continue; fi; \
+	  if $(DOCKER) manifest inspect "$$image" >/dev/null 2>&1 || $(DOCKER) manifest inspect --insecure "$$image" >/dev/null 2>&1; then echo "$$image is in the registry already; a tag never moves"; continue; fi; \
 	  $(DOCKER) push "$$image" || exit 1; done
 
 # The name of the image of $$target, in a recipe.

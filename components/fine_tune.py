@@ -12,6 +12,7 @@ def fine_tune(
     head_model: dsl.Input[dsl.Model],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    required_accelerators: int,
     seed: int,
     batch_size: int,
     num_epochs: int,
@@ -39,16 +40,19 @@ def fine_tune(
         head_model: Output of `train_head`.
         model: Model directory: `model.keras`, its metadata and the histories of both phases.
         metrics: Validation results before and after.
+        required_accelerators: Accelerators that there must be; 0 takes what there is.
 
     The other arguments are the fields of `kubegraft.config.FineTuneConfig`.
     """
     arguments = locals()
+    from kubegraft.accelerators import require_accelerators
     from kubegraft.config import FineTuneConfig, from_arguments
     from kubegraft.processes import exit_on_error
     from kubegraft.stage import require_digest
     from kubegraft.training.fine_tune import fine_tune as run
 
     with exit_on_error("fine_tune"):
+        require_accelerators(required_accelerators)
         require_digest(dataset.path, dataset_digest)
         result = run(dataset.path, head_model.path, model.path, from_arguments(FineTuneConfig, arguments))
         for name, value in result.metrics.items():

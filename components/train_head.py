@@ -11,6 +11,7 @@ def train_head(
     dataset_digest: str,
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    required_accelerators: int,
     seed: int,
     batch_size: int,
     num_epochs: int,
@@ -41,16 +42,19 @@ def train_head(
         dataset_digest: Digest of the dataset; makes KFP's cache see changed images.
         model: Model directory: `model.keras`, its metadata and history.
         metrics: Validation results.
+        required_accelerators: Accelerators that there must be; 0 takes what there is.
 
     The other arguments are the fields of `kubegraft.config.HeadConfig`.
     """
     arguments = locals()
+    from kubegraft.accelerators import require_accelerators
     from kubegraft.config import HeadConfig, from_arguments
     from kubegraft.processes import exit_on_error
     from kubegraft.stage import require_digest
     from kubegraft.training.head import train_head as run
 
     with exit_on_error("train_head"):
+        require_accelerators(required_accelerators)
         require_digest(dataset.path, dataset_digest)
         result = run(dataset.path, model.path, from_arguments(HeadConfig, arguments))
         for name, value in result.metrics.items():

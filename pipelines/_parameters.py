@@ -16,7 +16,7 @@ STAGES = {
 STAGE_TITLES = {"head": "Head training", "fine_tune": "Fine-tuning"}
 CLUSTER_PARAMETERS = {
     "accelerator_type": "Kubernetes resource name of the accelerators that both training tasks ask for.",
-    "accelerator_count": "Accelerators for each training task; 0 trains on the CPU.",
+    "accelerator_count": "Accelerators for each training task, which fails at once if it sees fewer; 0 asks for none.",
     "node_selector": 'Labels that nodes of the training tasks must have, for example {"pool": "gpu"}.',
     "tolerations": "Taints that the training tasks tolerate, as a list of Kubernetes tolerations, for example "
     '[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}].',

@@ -92,8 +92,11 @@ def transfer_learning(
         "dataset": ingest_task.outputs["dataset"],
         "dataset_digest": ingest_task.outputs["dataset_digest"],
     }
+    # A component's own input must not be called `accelerator_count`: kfp gives a task that has an accelerator limit an
+    # input of that name, with a placeholder as its value.
     head_task = train_head(
         **dataset,
+        required_accelerators=accelerator_count,
         backbone=backbone,
         weights=weights,
         weights_sha256=weights_sha256,
@@ -120,6 +123,7 @@ def transfer_learning(
     fine_tune_task = fine_tune(
         **dataset,
         head_model=head_task.outputs["model"],
+        required_accelerators=accelerator_count,
         seed=seed,
         batch_size=fine_tune_batch_size,
         num_epochs=fine_tune_num_epochs,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -16,17 +17,19 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import kubegraft
 from kubegraft import errors, storage
+from kubegraft.accelerators import require_accelerators_for_run
 from kubegraft.child_processes import StopRequest, stopping_children
 from kubegraft.config_file import to_values
 from kubegraft.errors import ConfigError, EnvironmentFault, Interrupted, KubegraftError
 from kubegraft.processes import ERROR_FILE, RUN_PID_VARIABLE, WORK_DIR_VARIABLE
-from kubegraft.reporting.events import log_event
+from kubegraft.reporting import metrics
+from kubegraft.reporting.events import RUN_NAME_VARIABLE, log_event, run_name
 from kubegraft.run_config import RunConfig, pipeline_parameters
 from kubegraft.run_log import RunLog, without_executor_echo
 from kubegraft.run_results import RESULTS, find_run_dir, publish, read_results, summarise, tidy, write_summary
@@ -35,7 +38,8 @@ from kubegraft.unchanged import unchanged_summary
 
 _LOCK_FILE: Final = ".kubegraft-run"
 LOG_FILE: Final = "run.log"
-_COMPILED: Final = Path(kubegraft.__file__).parent / "compiled" / "transfer_learning.yaml"
+COMPILED_FILES: Final = {"cpu": "transfer_learning.yaml", "gpu": "transfer_learning_gpu.yaml"}
+_COMPILED_DIR: Final = Path(kubegraft.__file__).parent / "compiled"
 
 
 def run_locally(
@@ -65,36 +69,43 @@ def run_locally(
         KubegraftError: What a stage raised, or what is wrong before any work.
         KeyboardInterrupt: If the user interrupted the run.
     """
-    started = time.monotonic()
     output_dir = Path(output).absolute()
-    check_before_work(run_config, output_dir)
+    with _variables({RUN_NAME_VARIABLE: run_name() or _own_name(output_dir)}), metrics.serving_run():
+        check_before_work(run_config, output_dir)
+        if publish_uri:
+            storage.check_target(output_dir, publish_uri)
+        with _locked(output_dir):
+            if if_changed and (earlier := unchanged_summary(run_config, output_dir, publish_uri)):
+                return earlier
+            return _run_and_publish(run_config, output_dir, os.fspath(output), publish_uri, fresh=fresh)
+
+
+def _run_and_publish(
+    run_config: RunConfig, output_dir: Path, output: str, publish_uri: str, *, fresh: bool
+) -> dict[str, Any]:
+    started = time.monotonic()
+    pipeline = without_retries(load_pipeline())
+    run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
+    results = read_results(run_dir)
+    publish(run_dir, output_dir)
+    summary = summarise(output, results, to_values(run_config), time.monotonic() - started)
     if publish_uri:
-        storage.check_target(output_dir, publish_uri)
-    with _locked(output_dir):
-        if if_changed and (earlier := unchanged_summary(run_config, output_dir, publish_uri)):
-            return earlier
-        pipeline = without_retries(load_pipeline())
-        run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
-        results = read_results(run_dir)
-        publish(run_dir, output_dir)
-        seconds = time.monotonic() - started
-        summary = summarise(os.fspath(output), results, to_values(run_config), seconds)
-        if publish_uri:
-            summary["published"] = storage.public_uri(publish_uri)
-        write_summary(summary, output_dir)
-        if publish_uri:
-            storage.publish_tree(output_dir, publish_uri, only=RESULTS)
-        tidy(run_dir, output_dir, results)
+        summary["published"] = storage.public_uri(publish_uri)
+    write_summary(summary, output_dir)
+    if publish_uri:
+        storage.publish_tree(output_dir, publish_uri, only=RESULTS)
+    tidy(run_dir, output_dir, results)
     return summary
 
 
 def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
-    """Raise what would stop the run later: a wrong backbone, input size, weights, source or output.
+    """Raise what would stop the run later: a wrong backbone, input size, weights, source, output or machine.
 
     Raises:
         ConfigError: If a local source does not exist, the backbone is unknown or does not take the input
             size, or the output holds something else.
         WeightsError: If the backbone's weights can't be had.
+        EnvironmentFault: If accelerators were asked for that are not there.
     """
     from kubegraft.config import AUTO
     from kubegraft.modeling.backbones import get_backbone
@@ -108,6 +119,7 @@ def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
         backbone.check_input_size(head.input_size)
     backbone.check_num_blocks(run_config.fine_tune.num_blocks)
     check_weights(backbone, head.weights, head.weights_sha256)
+    require_accelerators_for_run()
 
 
 def _check_source(source: str, output_dir: Path) -> None:
@@ -163,17 +175,22 @@ def load_pipeline() -> Callable[..., Any]:
         EnvironmentFault: If there is neither.
     """
     if checkout := find_checkout():
-        sys.path.insert(0, str(checkout))
-        try:
-            module = importlib.import_module("pipelines.transfer_learning")
-        finally:
-            sys.path.remove(str(checkout))
+        module = import_from_checkout(checkout, "pipelines.transfer_learning")
         pipeline: Callable[..., Any] = module.transfer_learning
         return pipeline
     from kfp import components
 
     loaded: Callable[..., Any] = components.load_component_from_file(str(packaged_pipeline()))
     return loaded
+
+
+def import_from_checkout(checkout: Path, name: str) -> Any:
+    """Import a module of `pipelines` or `components`, which no wheel contains."""
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
 
 
 def without_retries(pipeline: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,17 +204,21 @@ def without_retries(pipeline: Callable[..., Any]) -> Callable[..., Any]:
     return copied  # type: ignore[no-any-return]
 
 
-def packaged_pipeline() -> Path:
+def packaged_pipeline(profile: str = "cpu") -> Path:
     """Return the path of the compiled pipeline in an installed kubegraft.
+
+    Args:
+        profile: `cpu`, or `gpu` for the variant whose training tasks run in the image for GPUs.
 
     Raises:
         EnvironmentFault: If it is not there.
     """
-    if not _COMPILED.exists():
+    path = _COMPILED_DIR / COMPILED_FILES[profile]
+    if not path.exists():
         raise EnvironmentFault(
-            f"`{_COMPILED}` must exist in an installed kubegraft. The installation is damaged: do it again."
+            f"`{path}` must exist in an installed kubegraft. The installation is damaged: do it again."
         )
-    return _COMPILED
+    return path
 
 
 def find_checkout() -> Path | None:
@@ -219,7 +240,7 @@ def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, 
     (work_dir / ERROR_FILE).unlink(missing_ok=True)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
     with (
-        _environment(work_dir, fresh=fresh),
+        _variables(_for_stages(work_dir, fresh=fresh)),
         RunLog(output_dir / LOG_FILE) as log,
         stopping_children() as stop,
         warnings.catch_warnings(),
@@ -241,16 +262,20 @@ def _hide_folder_named_docker() -> None:
         sys.modules["docker"] = None  # type: ignore[assignment]  # importing it then says that it is not there
 
 
-@contextlib.contextmanager
-def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
-    """Set the variables that stage processes inherit, and set them back."""
-    changes = {
+def _for_stages(work_dir: Path, *, fresh: bool) -> dict[str, str]:
+    """Return the variables that stage processes inherit."""
+    return {
         WORK_DIR_VARIABLE: str(work_dir),
         RUN_PID_VARIABLE: str(os.getpid()),
         FRESH_VARIABLE: "1" if fresh else "",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+@contextlib.contextmanager
+def _variables(changes: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, and set them back."""
     earlier = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -261,6 +286,11 @@ def _environment(work_dir: Path, *, fresh: bool) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _own_name(output_dir: Path) -> str:
+    """Return a run's name: short, the same for each call on this directory, and another on another one."""
+    return f"{output_dir.name}-{hashlib.sha256(os.fsencode(output_dir)).hexdigest()[:6]}"
 
 
 def _failure(log: RunLog, work_dir: Path, stop: StopRequest, error: RuntimeError) -> BaseException:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from kubegraft.errors import Interrupted, KubegraftError, StorageError
+from kubegraft.reporting.events import log_event, log_is_json
 
 WORK_DIR_VARIABLE: Final = "KUBEGRAFT_WORK_DIR"
 ERROR_FILE: Final = "error.json"
@@ -104,8 +105,8 @@ def refused_by_system(error: OSError) -> StorageError:
 def exit_on_error(stage: str) -> Iterator[None]:
     """End this process with the error's exit code, its message being the last line of the log.
 
-    For processes that run one stage. The error is also left in `$KUBEGRAFT_WORK_DIR/error.json` for the
-    run that started them, since KFP passes on nothing but success or failure.
+    For processes that run one stage. KFP keeps the log of a failed step as an artifact, and nothing else of it
+    (docs/adr/0010). The error is also left in `$KUBEGRAFT_WORK_DIR/error.json` for the run that started them.
     """
     try:
         yield
@@ -124,5 +125,8 @@ def exit_on_error(stage: str) -> Iterator[None]:
                 Path(work_dir, ERROR_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
         if os.environ.get("KUBEGRAFT_DEBUG"):
             traceback.print_exc()
+        sys.stdout.flush()  # what is buffered there would otherwise come after the last line
+        details = {name: record[name] for name in ("type", "exit_code", "retryable")}
+        log_event(stage, "failed", **details, **({"reason": record["message"]} if log_is_json() else {}))
         print(f"Error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         raise SystemExit(error.exit_code) from None

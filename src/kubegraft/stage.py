@@ -26,6 +26,7 @@ from typing import IO, Any, Final
 from kubegraft import __version__
 from kubegraft.errors import ConfigError, DataError, ModelError
 from kubegraft.processes import WORK_DIR_VARIABLE, catch_stop_signals, end_with_run
+from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 
 FRESH_VARIABLE: Final = "KUBEGRAFT_FRESH"
@@ -253,7 +254,8 @@ def _run_body(
     workspace.scratch.mkdir(exist_ok=True)
     write_atomically(work_dir / "key", key)
     log_event(stage, "started", work_dir=str(work_dir))
-    outcome = body(workspace)
+    with metrics.watching(stage):
+        outcome = body(workspace)
     result = {"stage": stage, "key": key, "kubegraft": __version__, **dataclasses.asdict(outcome)}
     write_atomically(workspace.staging / RESULT_FILE, json.dumps(result, indent=2, sort_keys=True) + "\n")
     workspace.staging.rename(finished)

@@ -33,6 +33,8 @@ class Submission:
         name: First part of the run's name; "" for the pipeline's. The rest is the content's digest.
         image: Image of the tasks; "" for the released one.
         registry: Registry of that image; "" for the released one's.
+        gpu_image: Image of the training tasks where they ask for accelerators; "" for the one beside `image`.
+        work_claim: PersistentVolumeClaim of the tasks' work directories; "" for none.
         caching: Whether KFP may answer a task from its cache; ingest it never may.
         service_account: Account of the pods; "" for the installation's own.
         pipeline_root: Where artifacts go; "" for the installation's own.
@@ -45,17 +47,23 @@ class Submission:
     name: str = ""
     image: str = ""
     registry: str = ""
+    gpu_image: str = ""
+    work_claim: str = ""
     caching: bool = True
     service_account: str = ""
     pipeline_root: str = ""
 
     def package(self) -> PipelinePackage:
-        """Return the pipeline to upload.
+        """Return the pipeline to upload; where accelerators are asked for, that of the GPU profile.
 
         Raises:
-            ConfigError: If the image has no tag that stays.
+            ConfigError: If an image has no tag that stays, or can't be told.
         """
-        package = load_package().with_image(image=self.image, registry=self.registry)
+        gpu = self.placement.accelerator_count > 0
+        package = load_package("gpu" if gpu else "cpu").with_image(
+            image=self.image, registry=self.registry, gpu_image=self.gpu_image if gpu else ""
+        )
+        package = package.with_work_claim(self.work_claim)
         return package if self.caching else package.without_caching()
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 # Keras reads its backend once, at import; a user's ~/.keras/keras.json must not turn kubegraft into JAX.
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -45,3 +46,20 @@ def setup(seed: int) -> None:
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(seed)
+
+
+class GpusFound(NamedTuple):
+    """What TensorFlow sees; `cuda_build` says whether this build could see GPUs at all."""
+
+    num_gpus: int
+    cuda_build: bool
+    version: str
+
+
+def find_gpus() -> GpusFound:
+    """Return how many physical GPUs there are. Logical devices, which a CPU can be cut into, don't count."""
+    return GpusFound(
+        num_gpus=len(tf.config.list_physical_devices("GPU")),
+        cuda_build=bool(tf.sysconfig.get_build_info().get("is_cuda_build", False)),
+        version=tf.__version__,
+    )

@@ -100,3 +100,9 @@ def test_images_have_an_immutable_tag():
     name, _, tag = TRAIN_IMAGE.rpartition(":")
     assert name
     assert tag[0].isdigit()
+
+
+@ALL
+def test_no_input_has_a_name_that_kfp_gives_to_an_accelerator_limit(function):
+    """kfp would overwrite its value with a placeholder, which no run could read as a number."""
+    assert not {"accelerator_count", "accelerator_type"} & inspect.signature(function).parameters.keys()

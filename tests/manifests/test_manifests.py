@@ -274,6 +274,7 @@ def test_gpu_tasks_ask_for_a_gpu_tolerate_its_taint_and_have_shared_memory(build
     ((_, spec),) = pod_specs(build(overlay))
     (container,) = spec["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert {"name": "KUBEGRAFT_REQUIRE_ACCELERATORS", "value": "1"} in container["env"]
     assert container["image"] == TRAIN_IMAGE.replace("kubegraft-train", "kubegraft-train-gpu")
     assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import inspect
 import shutil
@@ -8,18 +9,32 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kubegraft.kfp_client.package import PipelinePackage
+from kubegraft.processes import WORK_DIR_VARIABLE
 from kubegraft.run_config import RunConfig, pipeline_parameters
 from pipelines._parameters import CLUSTER_PARAMETERS
-from pipelines.compile import COMPILED_DIR, check, compile_all
+from pipelines.compile import COMPILED_DIR, check, compile_all, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+FILES = {"cpu": "transfer_learning.yaml", "gpu": "transfer_learning_gpu.yaml"}
+
+
+def load(path: Path) -> dict:
+    """A pipeline, and its platform-specific part."""
+    spec, platform = yaml.safe_load_all(path.read_text())
+    return {"spec": spec, "executors": platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]}
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    """The committed pipeline, and its platform-specific part."""
-    spec, platform = yaml.safe_load_all((COMPILED_DIR / "transfer_learning.yaml").read_text())
-    return {"spec": spec, "executors": platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]}
+    return load(COMPILED_DIR / FILES["cpu"])
+
+
+@pytest.fixture(scope="module")
+def compiled_for_gpus() -> dict:
+    return load(COMPILED_DIR / FILES["gpu"])
 
 
 def parameters(compiled: dict) -> dict:
@@ -57,9 +72,8 @@ def test_check_works_from_another_directory_and_finds_a_difference(tmp_path):
 def test_compiling_twice_gives_the_same_bytes(tmp_path, capsys):
     compile_all(tmp_path / "a")
     compile_all(tmp_path / "b")
-    assert (tmp_path / "a" / "transfer_learning.yaml").read_bytes() == (
-        tmp_path / "b" / "transfer_learning.yaml"
-    ).read_bytes()
+    for name in FILES.values():
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_parameters_and_defaults_are_those_of_the_config(compiled):
@@ -110,6 +124,66 @@ def test_accelerators_are_parameters_of_both_training_tasks(compiled):
         assert executor["tolerations"]
         assert executor["nodeSelector"]
         assert {"mountPath": "/dev/shm", "medium": "Memory"}.items() <= executor["emptyDirMounts"][-1].items()
+
+
+def test_the_gpu_profile_differs_in_what_it_is_for_and_in_nothing_else(compiled, compiled_for_gpus):
+    cpu, gpu = copy.deepcopy(compiled), copy.deepcopy(compiled_for_gpus)
+    images = {name: container["image"] for name, container in containers(gpu).items()}
+    training = {"exec-train-head", "exec-fine-tune"}
+    assert {name for name, image in images.items() if "kubegraft-train-gpu:" in image} == training
+    assert {name for name, image in images.items() if "kubegraft-train:" in image} == images.keys() - training
+    assert parameters(gpu)["accelerator_count"].pop("defaultValue") == 1
+    assert parameters(gpu)["tolerations"].pop("defaultValue") == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
+    for changed in (cpu, gpu):
+        for name in ("accelerator_count", "tolerations"):
+            parameters(changed)[name].pop("defaultValue", None)
+        for container in containers(changed).values():
+            container.pop("image")
+        changed["spec"].pop("pipelineInfo")
+    assert cpu == gpu
+    assert compiled["spec"]["pipelineInfo"]["name"] != compiled_for_gpus["spec"]["pipelineInfo"]["name"]
+
+
+def test_only_with_a_claim_does_work_outlive_its_pod(compiled, tmp_path, capsys):
+    assert not any("pvcMount" in executor for executor in compiled["executors"].values())
+    assert main(["--work-claim", "results", "--output-dir", str(tmp_path), "--profile", "cpu"]) == 0
+    claimed = load(tmp_path / FILES["cpu"])
+    for name, container in containers(claimed).items():
+        (mount,) = claimed["executors"][name]["pvcMount"]
+        assert (mount["constant"], mount["mountPath"]) == ("results", "/workspace")
+        assert container["env"] == [{"name": WORK_DIR_VARIABLE, "value": "/workspace"}]
+    text = (COMPILED_DIR / FILES["cpu"]).read_text()
+    (tmp_path / "edited.yaml").write_text(PipelinePackage(text).with_work_claim("results").text)
+    assert load(tmp_path / "edited.yaml") == claimed
+
+
+def test_nodes_can_be_chosen_when_compiling(compiled_for_gpus, tmp_path, capsys):
+    assert main(["--node-selector", "pool=gpu", "--output-dir", str(tmp_path), "--profile", "gpu"]) == 0
+    assert parameters(load(tmp_path / FILES["gpu"]))["node_selector"]["defaultValue"] == {"pool": "gpu"}
+    assert not (tmp_path / FILES["cpu"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--profile", "gpu", "--image", "registry.example/own:1"], "--gpu-image"),
+        (["--work-claim", "No Claim"], "PersistentVolumeClaim"),
+        (["--node-selector", "pool"], "LABEL=VALUE"),
+    ],
+)
+def test_what_can_not_be_compiled_is_said(flags, message, tmp_path, capfd):
+    command = [sys.executable, str(ROOT / "pipelines" / "compile.py"), *flags, "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_every_task_knows_its_run(compiled):
+    for executor in compiled["executors"].values():
+        (variable,) = executor["fieldPathAsEnv"]
+        assert variable == {"name": "KUBEGRAFT_RUN_NAME", "fieldPath": "metadata.labels['pipeline/runid']"}
 
 
 def test_lost_nodes_are_retried(compiled):

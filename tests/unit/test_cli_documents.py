@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from kubegraft.modeling.backbones import BACKBONES, backbone_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+EXAMPLES = [*DOCUMENTS, ROOT / "docker/README.md", ROOT / "manifests/README.md"]
 
 
 def text_of(path):
@@ -67,18 +69,23 @@ def test_readme_lists_every_backbone():
     assert section.partition("-->\n")[2].strip() == expected, f"it should be:\n{expected}"
 
 
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
         link = "".join(target)
-        if not link.startswith(("http:", "https:", "#")):
+        if not link.startswith(("http:", "https:")):
             file, _, anchor = link.partition("#")
-            linked = path.parent / file
+            linked = path.parent / file if file else path
             assert linked.exists(), link
-            if anchor:
-                headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-                assert anchor in {re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in headings}
+            assert not anchor or anchor in anchors(linked), link
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -100,14 +107,60 @@ def help_of(name):
     return "".join(CliRunner().invoke(main, call).output for call in calls)
 
 
-def test_examples_of_commands_name_what_exists():
-    for path in DOCUMENTS:
-        for block in re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
-            for command, rest in re.findall(r"^\$ kubegraft ([\w-]+)(.*)$", block, re.MULTILINE):
-                assert command in COMMANDS, path
-                known = help_of(command)
-                for flag in re.findall(r" (--[\w-]+)", rest):
-                    assert flag in known, f"{path}: kubegraft {command} {flag}"
+def example_commands(path):
+    """Yield each command of the console blocks as a list of words."""
+    for block in re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.lstrip().startswith("$ "):
+                # What the shell would put in place of $(...) is one word here.
+                text = re.sub(r"\$\([^()]*\)", "VALUE", line.lstrip()[2:])
+                words = shlex.split(text, comments=True)
+                ends = [i for i, word in enumerate(words) if word in ("&&", "|", "&", ";", "<", ">")]
+                for start, end in zip([-1, *ends], [*ends, len(words)], strict=True):
+                    yield words[start + 1 : end]
+
+
+def require_known(words):
+    """Fail unless the command line takes `words`: its commands, options and number of arguments."""
+    command, context = main, click.Context(main, info_name="kubegraft")
+    while isinstance(command, click.Group):
+        _, command, words = command.resolve_command(context, words)
+        context = click.Context(command, info_name=command.name, parent=context)
+    _, rest, _ = command.make_parser(context).parse_args(words)
+    assert not rest, f"too many arguments: {rest}"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_of_commands_are_ones_that_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    for words in example_commands(path):
+        if words[:1] == ["kubegraft"]:
+            require_known(words[1:])
+        elif words[:1] == ["make"]:
+            assert {word for word in words[1:] if "=" not in word} <= targets, words
+        elif words[:3] == ["kubectl", "apply", "-k"] and words[3].startswith("manifests/"):
+            assert (ROOT / words[3] / "kustomization.yaml").exists(), words
+
+
+def test_the_commands_of_examples_are_seen():
+    """So that the test before this one can't pass by seeing none."""
+    commands = [words for path in EXAMPLES for words in example_commands(path)]
+    assert ["kubegraft", "submit"] in commands
+    assert ["make", "setup"] in commands
+    with pytest.raises(click.UsageError):
+        require_known(["bundle", "create", "somewhere", "--backbones", "vgg16"])
+    with pytest.raises(click.UsageError):
+        require_known(["bundle", "make", "somewhere"])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_prose_exist(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name, below in re.findall(r"`kubegraft ([a-z][a-z-]+)((?: [a-z|-]+)?)", text):
+        assert name in COMMANDS, f"{path}: kubegraft {name}"
+        command = main.get_command(click.Context(main), name)
+        if isinstance(command, click.Group) and below:
+            assert set(below.strip().split("|")) <= set(command.commands), f"{path}: kubegraft {name}{below}"
 
 
 def test_flags_in_prose_exist():

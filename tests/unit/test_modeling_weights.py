@@ -186,6 +186,11 @@ def test_imagenet_weights_in_the_cache_of_keras_need_no_network(
     pixels = np.random.default_rng(0).uniform(0, 255, (1, 96, 96, 3)).astype(np.float32)
     scaled = keras.applications.mobilenet_v2.preprocess_input(pixels.copy())
     np.testing.assert_allclose(ours(pixels), theirs(scaled), atol=1e-5)
+    elsewhere = tmp_path / "carried" / path.name
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
+    carried = get_backbone("mobilenet_v2").build(96, str(elsewhere))
+    assert model_digest(carried) == model_digest(ours)
 
 
 def test_a_file_that_is_not_the_published_one_is_refused(
@@ -196,6 +201,8 @@ def test_a_file_that_is_not_the_published_one_is_refused(
     (tmp_path / "models" / "weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5").write_bytes(b"other")
     with pytest.raises(WeightsError, match="md5 d3e8ec802a04aa4fc771ee12a9a9b836"):
         SMALL.build(SIZE, "imagenet")
+    with pytest.raises(WeightsError, match="md5 d3e8ec802a04aa4fc771ee12a9a9b836"):
+        check_weights(SMALL, str(next((tmp_path / "models").iterdir())))
 
 
 def test_the_packaged_weights_give_the_features_that_numpy_computes() -> None:

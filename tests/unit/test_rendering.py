@@ -13,6 +13,7 @@ from kubegraft.cli import main
 from kubegraft.config_file import load_run_config
 from kubegraft.errors import ConfigError
 from kubegraft.rendering.pods import Setting, scaled
+from kubegraft.storage import publish_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES_VERSIONS = ("1.30", "1.33", "1.36")
@@ -28,6 +29,11 @@ COMMANDS = {
     "cronjob": ["cronjob", *CRON, "--time-zone", "Europe/Berlin"],
     "serving": ["serving"],
     "serving by KServe": ["serving", "--server", "kserve"],
+    "serving by kubegraft": ["serving", "--server", "kubegraft"],
+    "serving from a bucket by kubegraft": ["serving", "--model", "gs://bucket/owls", "--server", "kubegraft"],
+    "serving from a bucket": ["serving", "--model", "gs://bucket/owls", "--secret", "keys"],
+    "serving from a bucket by KServe": ["serving", "--model", "s3://bucket/owls", "--server", "kserve"],
+    "reader": ["reader", "--namespace", "team"],
 }
 
 
@@ -44,6 +50,8 @@ def by_kind(manifests):
 def pod_of(manifest):
     spec = manifest["spec"]
     spec = spec.get("jobTemplate", {}).get("spec", spec)
+    if manifest["kind"] == "Pod":
+        return spec
     return spec["predictor"] if "predictor" in spec else spec["template"]["spec"]
 
 
@@ -60,7 +68,7 @@ def test_kubernetes_takes_what_is_rendered(rendered, version):
 
 
 def test_pod_security_restricted_admits_every_pod(rendered):
-    (manifest,) = [m for m in rendered if m["kind"] not in ("ConfigMap", "Service")]
+    (manifest,) = [m for m in rendered if m["kind"] not in ("ConfigMap", "Service", "NetworkPolicy")]
     pod = pod_of(manifest)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
@@ -71,7 +79,7 @@ def test_pod_security_restricted_admits_every_pod(rendered):
         volume.keys() <= {"name", "persistentVolumeClaim", "emptyDir", "configMap"}
         for volume in pod["volumes"]
     )
-    for container in pod["containers"]:
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -163,6 +171,7 @@ def test_accelerators_reach_the_pod():
     pod = pod_of(by_kind(render(*COMMANDS["job with everything"]))["Job"])
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert {"name": "KUBEGRAFT_REQUIRE_ACCELERATORS", "value": "2"} in container["env"]
     assert pod["nodeSelector"] == {"pool": "gpu"}
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
@@ -182,6 +191,10 @@ def test_the_image_is_the_pipelines_or_the_one_given(monkeypatch):
 
     released = f"kubegraft-train:{__version__}"
     assert image() == f"ghcr.io/kubegraft/{released}"
+    for_gpus = f"kubegraft-train-gpu:{__version__}"
+    assert image("--accelerator-count", "1") == f"ghcr.io/kubegraft/{for_gpus}"
+    assert image("--accelerator-count", "1", "--registry", "r.example") == f"r.example/{for_gpus}"
+    assert image("--accelerator-count", "1", "--image", "a:1") == "a:1"
     assert image("--registry", "registry.example/team") == f"registry.example/team/{released}"
     monkeypatch.setenv("KUBEGRAFT_REGISTRY", "registry.example")
     assert image() == f"registry.example/{released}"
@@ -196,6 +209,90 @@ def test_the_service_finds_the_servers_pods():
     assert selector == objects["Deployment"]["spec"]["selector"]["matchLabels"]
     names = {port["name"] for port in pod_of(objects["Deployment"])["containers"][0]["ports"]}
     assert {port["targetPort"] for port in objects["Service"]["spec"]["ports"]} == names
+
+
+def test_a_server_fetches_its_model_from_a_bucket_before_it_starts():
+    objects = by_kind(render("serving", "--name", "owls", "--model", "gs://bucket/run", "--secret", "keys"))
+    pod = pod_of(objects["Deployment"])
+    (fetch,), (server,) = pod["initContainers"], pod["containers"]
+    assert fetch["image"] == f"ghcr.io/kubegraft/kubegraft-train:{__version__}"
+    assert fetch["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert "envFrom" not in server
+    command, uri, directory, *flags = fetch["args"]
+    assert (command, uri) == ("fetch", "gs://bucket/run")
+    (source,) = [mount for mount in fetch["volumeMounts"] if mount["name"] == "model"]
+    (served,) = [mount for mount in server["volumeMounts"] if mount["name"] == "model"]
+    part = flags[flags.index("--only") + 1]
+    assert f"{directory}/{part}" == f"{source['mountPath']}/{served['subPath']}"
+    assert served["mountPath"] == "/models/owls/1"
+    assert "--model_base_path=/models/owls" in server["args"]
+    assert not [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+
+
+def test_kubegrafts_own_server_is_in_the_image_of_the_tasks_and_gets_the_proof_with_the_model():
+    objects = by_kind(render("serving", "--name", "owls", "--run", "night", "--server", "kubegraft"))
+    pod = pod_of(objects["Deployment"])
+    (server,) = pod["containers"]
+    assert server["image"] == f"ghcr.io/kubegraft/kubegraft-train:{__version__}"
+    (mount,) = [mount for mount in server["volumeMounts"] if mount["name"] == "work"]
+    assert mount["subPath"] == "night/model"
+    command, *arguments = server["args"]
+    context = main.get_command(None, command).make_context(command, arguments, resilient_parsing=True)
+    assert context.params["name"] == "owls"
+    assert context.params["model"] == mount["mountPath"]
+    assert pod["terminationGracePeriodSeconds"] > server["lifecycle"]["preStop"]["sleep"]["seconds"] + 25
+
+
+def test_a_server_that_fetches_may_reach_the_bucket_and_another_may_not():
+    assert "NetworkPolicy" not in by_kind(render("serving"))
+    for server in ("tf-serving", "kserve"):
+        objects = by_kind(render("serving", "--model", "s3://bucket/run", "--server", server))
+        policy = objects["NetworkPolicy"]["spec"]
+        workload = objects.get("Deployment", objects.get("InferenceService"))["spec"]
+        labels = (
+            workload["predictor"]["labels"]
+            if server == "kserve"
+            else workload["template"]["metadata"]["labels"]
+        )
+        assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+        tasks = yaml.safe_load_all((ROOT / "manifests/base/network-policies.yaml").read_text())
+        (allowed,) = [one["spec"] for one in tasks if one["metadata"]["name"] == "allow-task-egress"]
+        assert policy["egress"] == allowed["egress"]
+
+
+@pytest.mark.parametrize("object_store", ["gs", "s3"], indirect=True)
+def test_what_the_server_fetches_is_the_model_that_a_run_published(object_store, tmp_path):
+    """The very arguments of the init container, with its folders below the test's."""
+    for path in (
+        "model/saved_model/saved_model.pb",
+        "model/saved_model/variables/v",
+        "model/model.keras",
+        "run.json",
+    ):
+        (tmp_path / "outcome" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "outcome" / path).write_text(path)
+    publish_tree(tmp_path / "outcome", object_store.folder)
+    pod = pod_of(render("serving", "--model", object_store.folder)[0])
+    arguments = [
+        arg.replace("/fetched", str(tmp_path / "fetched")) for arg in pod["initContainers"][0]["args"]
+    ]
+    for _ in range(2):  # as after a restart of the node
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.stderr
+        served = tmp_path / "fetched" / pod["containers"][0]["volumeMounts"][0]["subPath"]
+        assert (served / "saved_model.pb").read_text() == "model/saved_model/saved_model.pb"
+        assert not (tmp_path / "fetched" / "published" / "run.json").exists()
+        assert [path.name for path in (tmp_path / "fetched").iterdir()] == ["published"]
+
+
+def test_a_reader_sees_what_a_job_left_and_can_change_nothing():
+    job, pod = pod_of(by_kind(render("job"))["Job"]), pod_of(render("reader")[0])
+    (container,) = pod["containers"]
+    assert container["image"] == job["containers"][0]["image"]
+    assert container["volumeMounts"] == [{"name": "work", "mountPath": "/workspace", "readOnly": True}]
+    claims = [job["volumes"][0]["persistentVolumeClaim"]["claimName"]]
+    assert [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]] == claims
+    assert pod["activeDeadlineSeconds"] == 3600
 
 
 def test_it_is_written_to_a_file(tmp_path):
@@ -217,6 +314,9 @@ def test_it_is_written_to_a_file(tmp_path):
         (["cronjob", "--cron", "0 0 3 * * *"], "five fields"),
         (["cronjob", *CRON, "--time-zone", "Europe/Berlinn"], "Did you mean 'Europe/Berlin'"),
         (["serving", "--image", "tensorflow/serving"], "never moves"),
+        (["serving", "--model", "/workspace/run"], "gs:// or s3:// folder"),
+        (["serving", "--model", "gs://b/run", "--run", "owls"], "exclude each other"),
+        (["serving", "--model", "gs://b/run", "--task-image", "x"], "never moves"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused_here(arguments, message):

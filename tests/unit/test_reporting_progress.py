@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import pty
@@ -78,3 +79,27 @@ def test_a_terminal_gets_a_bar_that_leaves_a_clean_line():
 def test_an_event_is_one_line_that_can_be_read_whatever_a_file_is_called(capsys):
     log_event("ingest", "warning", text="größer", path="new\nline", name="a b")
     assert capsys.readouterr().err.rstrip("\n").endswith(r'text=größer path="new\nline" name="a b"')
+
+
+def test_a_json_line_says_when_how_bad_and_whose_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("KUBEGRAFT_LOG_FORMAT", "json")
+    monkeypatch.setenv("KUBEGRAFT_RUN_NAME", "nightly-1")
+    log_event("ingest", "found", files=3)
+    log_event("storage", "retrying", seconds=1)
+    found, retrying = map(json.loads, capsys.readouterr().err.splitlines())
+    assert list(found) == ["time", "level", "run", "stage", "event", "files"]
+    assert found["run"] == "nightly-1"
+    assert (found["level"], retrying["level"]) == ("info", "warning")
+    now = datetime.datetime.now(datetime.UTC)
+    assert abs(now - datetime.datetime.fromisoformat(found["time"])) < datetime.timedelta(minutes=1)
+    assert found["time"].endswith("Z")
+
+
+def test_a_line_of_text_names_a_clusters_run_and_not_a_local_one(capsys, monkeypatch):
+    log_event("ingest", "found", files=3)
+    monkeypatch.setenv("KUBEGRAFT_RUN_NAME", "nightly-1")
+    log_event("ingest", "found", files=3)
+    monkeypatch.setenv("KUBEGRAFT_RUN_PID", "1")
+    log_event("ingest", "found", files=3)
+    ends = [line.partition("files=3")[2] for line in capsys.readouterr().err.splitlines()]
+    assert ends == ["", " run=nightly-1", ""]

@@ -19,6 +19,7 @@ from kubegraft.storage import (
     exists,
     fetch_file,
     fetch_tree,
+    fetch_whole_tree,
     list_files,
     public_uri,
     publish_tree,
@@ -114,6 +115,14 @@ def test_local_paths_and_file_uris(tmp_path):
             action(str(tmp_path / "missing"), tmp_path / "three", retry_waits_seconds=NO_WAIT)
     with pytest.raises(StorageError, match="could not be read"):
         sha256_of(tmp_path / "missing")
+
+
+def test_a_local_folder_is_fetched_whole_or_in_part(tmp_path):
+    publish_tree(written(tmp_path / "out", {"a/x": b"1", "b/y": b"2"}), str(tmp_path / "published"))
+    for part, expected in (("", {"a/x", "b/y"}), ("a", {"a/x"}), ("b/y", {"b/y"})):
+        fetch_whole_tree(str(tmp_path / "published"), tmp_path / "here", part=part, replace=True)
+        found = {path.relative_to(tmp_path / "here").as_posix() for path in (tmp_path / "here").rglob("*")}
+        assert {path for path in found if "/" in path} == expected
 
 
 def test_an_unknown_scheme_gets_a_suggestion(tmp_path):

@@ -11,7 +11,15 @@ import pytest
 from kubegraft.config import IngestConfig
 from kubegraft.data.ingest import ingest
 from kubegraft.errors import ConfigError, StorageError
-from kubegraft.storage import check_target, exists, fetch_file, fetch_tree, list_files, publish_tree
+from kubegraft.storage import (
+    check_target,
+    exists,
+    fetch_file,
+    fetch_tree,
+    fetch_whole_tree,
+    list_files,
+    publish_tree,
+)
 from tests.object_stores import SECRET
 
 NO_WAIT = (0.0, 0.0, 0.0)
@@ -136,6 +144,45 @@ def test_a_continued_fetch_keeps_nothing_that_is_gone(object_store, tmp_path):
         os.utime(path, (0, 0))
     fetch_tree(object_store.folder, here, exact=True, retry_waits_seconds=NO_WAIT)
     assert read(here) == FILES
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published", "plain"])
+def test_a_part_of_a_folder_can_be_fetched(object_store, tmp_path, published):
+    files = {**FILES, "ab/4.bin": b"a name that begins alike"}
+    if published:
+        publish_tree(written(tmp_path / "out", files), object_store.folder, retry_waits_seconds=NO_WAIT)
+    else:
+        object_store.put(files)
+    fetch_whole_tree(object_store.folder, tmp_path / "here", part="a", retry_waits_seconds=NO_WAIT)
+    assert set(read(tmp_path / "here")) == {"a/1.bin", "a/2 ü?#.bin"}
+    with pytest.raises(StorageError, match="no 'c' in it"):
+        fetch_whole_tree(object_store.folder, tmp_path / "there", part="c", retry_waits_seconds=NO_WAIT)
+    with pytest.raises(ConfigError, match="leads out"):
+        fetch_whole_tree(object_store.folder, tmp_path / "there", part="../a", retry_waits_seconds=NO_WAIT)
+
+
+def test_a_folder_fetched_whole_appears_at_the_end_and_an_interrupted_call_continues(object_store, tmp_path):
+    here = tmp_path / "here"
+    object_store.put(FILES)
+    object_store.proxy.broken = lambda method, path: is_download(method, path) and "/3.bin" in unquote(path)
+    with pytest.raises(StorageError):
+        fetch_whole_tree(object_store.folder, here, retry_waits_seconds=NO_WAIT)
+    assert not here.exists()
+    object_store.proxy.broken = None
+    object_store.proxy.requests.clear()
+    assert fetch_whole_tree(object_store.folder, here, retry_waits_seconds=NO_WAIT) == (3, 600_003)
+    assert len([path for path in object_store.proxy.requests if ".bin" in path]) == 1
+    assert read(tmp_path) == {f"here/{name}": content for name, content in FILES.items()}
+
+
+def test_a_folder_fetched_whole_takes_the_place_of_another_only_if_told(object_store, tmp_path):
+    here = written(tmp_path / "here", {"precious": b"mine"})
+    object_store.put(FILES)
+    with pytest.raises(ConfigError, match="holds something"):
+        fetch_whole_tree(object_store.folder, here, retry_waits_seconds=NO_WAIT)
+    assert read(here) == {"precious": b"mine"}
+    fetch_whole_tree(object_store.folder, here, replace=True, retry_waits_seconds=NO_WAIT)
+    assert read(tmp_path) == {f"here/{name}": content for name, content in FILES.items()}
 
 
 def test_many_files_come_in_parallel(object_store, tmp_path):

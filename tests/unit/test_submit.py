@@ -30,6 +30,7 @@ from tests.kfp_standin import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILED = (ROOT / "pipelines" / "compiled" / "transfer_learning.yaml").read_text()
+FOR_GPUS = (ROOT / "pipelines" / "compiled" / "transfer_learning_gpu.yaml").read_text()
 
 
 @pytest.fixture
@@ -432,6 +433,41 @@ def test_when_to_run_is_said_once(call, kfp):
 
 def test_a_checkouts_package_is_the_committed_file():
     assert load_package().text == COMPILED
+    assert load_package("gpu").text == FOR_GPUS
+
+
+@pytest.mark.parametrize(
+    ("names", "images"),
+    [
+        ({"registry": "r.example/x"}, ("r.example/x/kubegraft-train:", "r.example/x/kubegraft-train-gpu:")),
+        ({"image": "r:5000/kubegraft-train:7"}, ("r:5000/kubegraft-train:7", "r:5000/kubegraft-train-gpu:7")),
+        ({"image": "a:1", "gpu_image": "b:2"}, ("a:1", "b:2")),
+        ({"gpu_image": "b:2"}, ("ghcr.io/kubegraft/kubegraft-train:", "b:2")),
+    ],
+)
+def test_the_image_for_gpus_follows_the_other(names, images):
+    found = PipelinePackage(FOR_GPUS).with_image(**names).images
+    assert all(name.startswith(start) for name, start in zip(found, images, strict=True)), found
+
+
+def test_an_image_for_gpus_is_not_guessed():
+    with pytest.raises(ConfigError, match="--gpu-image"):
+        PipelinePackage(FOR_GPUS).with_image(image="own:1")
+
+
+@pytest.mark.parametrize("flags", [[], ["--work-claim", "results", "--node-selector", "pool=gpu"]])
+def test_an_installed_kubegraft_writes_what_a_checkout_compiles(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("kubegraft.local_run._COMPILED_DIR", ROOT / "pipelines" / "compiled")
+    for place, checkout in (("compiled", ROOT), ("installed", None)):
+        monkeypatch.setattr("kubegraft.local_run.find_checkout", lambda found=checkout: found)
+        monkeypatch.setattr("kubegraft.kfp_client.package.find_checkout", lambda found=checkout: found)
+        result = CliRunner().invoke(main, ["compile", "--output-dir", str(tmp_path / place), *flags])
+        assert result.exit_code == 0, result.output
+    for name in ("transfer_learning.yaml", "transfer_learning_gpu.yaml"):
+        ours, theirs = (
+            list(yaml.safe_load_all((tmp_path / p / name).read_text())) for p in ("compiled", "installed")
+        )
+        assert ours == theirs
 
 
 def test_an_image_can_be_chosen_after_compiling_or_when_compiling(tmp_path, capfd):

@@ -41,6 +41,7 @@ class Entry(NamedTuple):
 COMMANDS: Final = {
     "run": Entry("Whole job", "run", "run", "Images to tested classifier in one go."),
     "predict": Entry("Whole job", "predict", "predict", "Name the class of some images."),
+    "serve": Entry("Whole job", "serve", "serve", "Answer over HTTP, as TensorFlow Serving does."),
     "ingest": Entry("One stage at a time", "stages", "ingest", "Check and split images, write a dataset."),
     "train-head": Entry("One stage at a time", "stages", "train_head", "Train a head on a frozen backbone."),
     "fine-tune": Entry(
@@ -51,6 +52,8 @@ COMMANDS: Final = {
     "submit": Entry("On a cluster", "kubeflow", "submit", "Run the pipeline on Kubeflow, and watch it."),
     "schedule": Entry("On a cluster", "kubeflow", "schedule", "Run it on Kubeflow again and again."),
     "render": Entry("On a cluster", "render", "render", "Write manifests for a cluster without Kubeflow."),
+    "fetch": Entry("On a cluster", "fetch", "fetch", "Copy a published folder to this machine."),
+    "bundle": Entry("On a cluster", "bundle", "bundle", "Carry everything to a site without internet."),
     "backbones": Entry("To find your way", "catalogue", "backbones", "List the pretrained backbones."),
     "sample-data": Entry(
         "To find your way", "catalogue", "sample_data", "Write a sample as a folder of images."
@@ -77,6 +80,11 @@ class DebugOption:
             callback=DebugOption._remember,
             help="Show the traceback of an error.",
         )(function)
+
+    @staticmethod
+    def is_set(context: click.Context) -> bool:
+        """Return whether the option was given, here or to the group."""
+        return bool(context.meta.get(_DEBUG_KEY))
 
     @staticmethod
     def _remember(context: click.Context, _: click.Parameter, value: bool) -> None:

@@ -75,6 +75,18 @@ _cluster_options = cluster_option_group(
     ),
     ("--image", {"default": "", "help": "Image of the tasks, with a tag that never moves."}),
     ("--registry", {"default": "", "help": "Registry of the released image, where yours has a copy."}),
+    (
+        "--gpu-image",
+        {"default": "", "metavar": "IMAGE", "help": "Image of training tasks that ask for accelerators."},
+    ),
+    (
+        "--work-claim",
+        {
+            "default": "",
+            "metavar": "NAME",
+            "help": "Volume claim, for retries that continue from a checkpoint.",
+        },
+    ),
     ("--pod-service-account", {"default": "", "metavar": "NAME", "help": "Service account of the pods."}),
     ("--pipeline-root", {"default": "", "metavar": "URI", "help": "Where KFP keeps the artifacts."}),
     ("--caching/--no-caching", {"default": True, "help": "Let KFP reuse finished tasks.  [default: on]"}),
@@ -126,12 +138,13 @@ def _with_submission(function: Command) -> Command:
     ) -> Any:
         from kubegraft.submit import Submission
 
-        names = ("pipeline", "experiment", "image", "registry", "caching", "pipeline_root")
+        names = ("pipeline", "experiment", "image", "registry", "gpu_image", "work_claim", "caching")
         submission = Submission(
             run_config=run_config,
             placement=placement,
             name=name,
             service_account=pod_service_account,
+            pipeline_root=arguments.pop("pipeline_root"),
             **{field: arguments.pop(field) for field in names},
         )
         return function(submission=submission, **arguments)

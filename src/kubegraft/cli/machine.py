@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -48,42 +47,92 @@ def doctor(context: click.Context, as_json: bool) -> None:
     help="Where to write it; in a checkout pipelines/compiled by default.",
 )
 @click.option("--check", is_flag=True, help="Compare with what is there instead; exit 1 if it differs.")
+@click.option(
+    "--profile",
+    type=click.Choice(("cpu", "gpu")),
+    help="Only this variant; gpu trains in the image for GPUs and asks for one.  [default: both]",
+)
 @click.option("--image", default="", help="Image of the tasks, with a tag that never moves.")
-@click.option("--registry", default="", help="Registry of the released image, where yours has a copy.")
+@click.option("--gpu-image", default="", help="Image of the training tasks in the GPU variant.")
+@click.option("--registry", default="", help="Registry of the released images, where yours has a copy.")
+@click.option(
+    "--work-claim",
+    default="",
+    metavar="NAME",
+    help="Volume claim, for retries that continue from a checkpoint.",
+)
+@click.option(
+    "--node-selector",
+    multiple=True,
+    metavar="LABEL=VALUE",
+    help="Label of the training tasks' nodes; repeatable.",
+)
 @DebugOption.decorate
 @click.pass_context
 def compile_pipeline(
-    context: click.Context, output_dir: str | None, check: bool, image: str, registry: str
+    context: click.Context,
+    /,
+    output_dir: str | None,
+    check: bool,
+    profile: str | None,
+    node_selector: tuple[str, ...],
+    **names: str,
 ) -> None:
-    """Write transfer_learning.yaml, which the Kubeflow Pipelines UI accepts.
+    """Write transfer_learning.yaml and transfer_learning_gpu.yaml, which the Kubeflow Pipelines UI accepts.
 
-    In a checkout this compiles the pipeline's source. An installed kubegraft carries the compiled file and
-    copies it.
+    In a checkout this compiles the pipeline's source. An installed kubegraft carries the compiled files and
+    copies them. With an --image of a name of your own, only the first, unless --gpu-image names the other.
     """
-    from kubegraft.local_run import find_checkout
+    from kubegraft.local_run import find_checkout, import_from_checkout
 
     checkout = find_checkout()
     if checkout is None:
-        context.exit(_packaged(output_dir, check=check, image=image, registry=registry))
-    sys.path.insert(0, str(checkout))
-    from pipelines.compile import main
-
+        profiles = [profile] if profile else _profiles(names["image"], names["gpu_image"])
+        same = [_packaged(output_dir, name, node_selector, check=check, **names) for name in profiles]
+        context.exit(0 if all(same) else 1)
+    main = import_from_checkout(checkout, "pipelines.compile").main
     arguments = ["--check"] if check else []
-    given = {"--output-dir": output_dir, "--image": image, "--registry": registry}
-    context.exit(main([*arguments, *(word for pair in given.items() if pair[1] for word in pair)]))
+    given = {"output_dir": output_dir, "profile": profile, **names}
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if value]
+    pairs += [("--node-selector", label) for label in node_selector]
+    context.exit(main([*arguments, *(word for pair in pairs for word in pair)]))
 
 
-def _packaged(output_dir: str | None, *, check: bool, image: str, registry: str) -> int:
+def _profiles(image: str, gpu_image: str) -> list[str]:
     from kubegraft.kfp_client.package import load_package
+
+    told = not image or gpu_image or load_package("gpu").image_beside(image)
+    return ["cpu", "gpu"] if told else ["cpu"]
+
+
+def _packaged(
+    output_dir: str | None,
+    profile: str,
+    node_selector: tuple[str, ...],
+    *,
+    check: bool,
+    image: str,
+    gpu_image: str,
+    registry: str,
+    work_claim: str,
+) -> bool:
+    """Write or compare one file that the installation carries; return whether it is as it should be."""
+    from kubegraft.kfp_client.package import load_package
+    from kubegraft.kfp_client.placement import parse_selector
     from kubegraft.local_run import packaged_pipeline
 
-    text = load_package().with_image(image=image, registry=registry).text
-    target = Path(output_dir or ".") / packaged_pipeline().name
+    package = load_package(profile)
+    package = package.with_image(
+        image=image, registry=registry, gpu_image=gpu_image if profile == "gpu" else ""
+    )
+    package = package.with_node_selector(dict(map(parse_selector, node_selector)))
+    text = package.with_work_claim(work_claim).text
+    target = Path(output_dir or ".") / packaged_pipeline(profile).name
     if check:
         same = target.exists() and target.read_text(encoding="utf-8") == text
         click.echo(f"{target} {'is' if same else 'is not'} what this kubegraft carries")
-        return 0 if same else 1
+        return same
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     click.echo(target)
-    return 0
+    return True

@@ -53,7 +53,7 @@ _options = cluster_option_group(
         {
             "multiple": True,
             "metavar": "KEY[=VALUE][:EFFECT]",
-            "help": "Taint that the training tasks tolerate; repeatable.",
+            "help": "Taint that the training tasks tolerate; repeatable.  [default: the accelerators' own]",
         },
     ),
 )
@@ -73,11 +73,13 @@ def placement_options(function: Command) -> Command:
     ) -> Any:
         from kubegraft.kfp_client.placement import Placement, parse_selector, parse_toleration
 
+        # The taint that nodes with accelerators usually carry; without it a task stays pending, and no one says why.
+        own_taint = (f"{accelerator_type}:NoSchedule",) if accelerator_count else ()
         placement = Placement(
             accelerator_type=accelerator_type,
             accelerator_count=accelerator_count,
             node_selector=dict(map(parse_selector, node_selector)),
-            tolerations=tuple(map(parse_toleration, toleration)),
+            tolerations=tuple(map(parse_toleration, toleration or own_taint)),
         )
         return function(placement=placement, **arguments)
 

@@ -33,18 +33,24 @@ _setting_options = cluster_option_group(
         {"default": "kubegraft-work", "help": "Claim of the volume; '' for none.  [default: kubegraft-work]"},
     ),
     ("--pod-service-account", {"default": "", "metavar": "NAME", "help": "Service account of the pods."}),
-    ("--cpu", {"default": "", "metavar": "QUANTITY", "help": "CPU limit.  [default: 4; serving 2]"}),
+    (
+        "--cpu",
+        {"default": "", "metavar": "QUANTITY", "help": "CPU limit.  [default: 4; serving 2; reader 500m]"},
+    ),
     (
         "--memory",
-        {"default": "", "metavar": "QUANTITY", "help": "Memory limit.  [default: 8Gi; serving 2Gi]"},
+        {
+            "default": "",
+            "metavar": "QUANTITY",
+            "help": "Memory limit.  [default: 8Gi; serving 2Gi; reader 128Mi]",
+        },
     ),
 )
-_image_options = cluster_option_group(
+_image_only_options = cluster_option_group(
     (
         "--image",
         {
             "default": "",
-            "envvar": "KUBEGRAFT_TRAIN_IMAGE",
             "help": "Image of the task, with a tag that never moves.",
         },
     ),
@@ -56,6 +62,8 @@ _image_options = cluster_option_group(
             "help": "Registry of the released image, where yours has a copy.",
         },
     ),
+)
+_result_options = cluster_option_group(
     (
         "--publish",
         {
@@ -109,7 +117,7 @@ def _with_setting(function: Command) -> Command:
             name=name,
             namespace=namespace,
             claim=claim,
-            image=released_image(image=image, registry="" if image else registry),
+            image=released_image(image=image, registry=registry, gpu=placement.accelerator_count > 0),
             service_account=pod_service_account or "kubegraft-task",
             cpu=cpu or "4",
             memory=memory or "8Gi",
@@ -124,7 +132,7 @@ def _with_setting(function: Command) -> Command:
         )
         return function(setting=setting, accelerators=accelerators, **arguments)
 
-    return _setting_options(_image_options(placement_options(described)))
+    return _setting_options(_image_only_options(_result_options(placement_options(described))))
 
 
 @render.command("job", cls=SectionedCommand)
@@ -170,21 +178,55 @@ def cronjob(
 
 
 @render.command("serving", cls=SectionedCommand)
-@click.option("--run", "run_name", default="kubegraft", help="Name of the job whose model is served.")
+@click.option(
+    "--run",
+    "run_name",
+    default="",
+    help="Name of the job whose model on the volume is served.  [default: kubegraft]",
+)
+@click.option(
+    "--model",
+    "model_uri",
+    default="",
+    metavar="URI",
+    help="Instead of the volume: gs:// or s3:// folder that `run --publish` wrote; each pod fetches it at its start.",
+)
 @click.option(
     "--server",
-    type=click.Choice(("tf-serving", "kserve")),
+    type=click.Choice(("tf-serving", "kubegraft", "kserve")),
     default="tf-serving",
-    help="A Deployment and a Service, or KServe's InferenceService.  [default: tf-serving]",
+    help="TensorFlow Serving or kubegraft's own server, a Deployment and a Service; or KServe's InferenceService.  "
+    "[default: tf-serving]",
 )
-@click.option("--image", default="", help="Image of TensorFlow Serving.")
+@click.option(
+    "--image", default="", help="Image of the server.  [default: TensorFlow Serving's, or the tasks']"
+)
+@click.option(
+    "--task-image",
+    default="",
+    envvar="KUBEGRAFT_TRAIN_IMAGE",
+    help="Image of the tasks, which fetches --model and has kubegraft's own server.",
+)
+@click.option(
+    "--registry",
+    default="",
+    envvar="KUBEGRAFT_REGISTRY",
+    help="Registry of the released image of the tasks, where yours has a copy.",
+)
+@click.option(
+    "--secret", default="", help="Secret whose keys become variables: credentials of --model's bucket."
+)
 @_OUTPUT
 @_setting_options
 @DebugOption.decorate
 def serving(
     run_name: str,
+    model_uri: str,
     server: str,
     image: str,
+    task_image: str,
+    registry: str,
+    secret: str,
     output: str | None,
     name: str,
     namespace: str,
@@ -194,22 +236,70 @@ def serving(
     memory: str,
 ) -> None:
     """A server that answers about raw image bytes with the exported model."""
-    from kubegraft.kfp_client.package import check_image
+    from kubegraft.errors import ConfigError
+    from kubegraft.kfp_client.package import check_image, released_image
     from kubegraft.rendering.pods import Setting
-    from kubegraft.rendering.serving import SERVING_IMAGE, render_serving
+    from kubegraft.rendering.serving import SERVING_IMAGE, ServedModel, render_serving
 
     if image:
         check_image(image)
+    if run_name and model_uri:
+        raise ConfigError(
+            f"`run` and `model` exclude each other. Received: run={run_name!r}, model={model_uri!r}. A model is "
+            "on the volume or in a bucket."
+        )
+    model = ServedModel(
+        run_name=run_name or "kubegraft",
+        uri=model_uri,
+        fetch_image=released_image(image=task_image, registry="" if task_image else registry),
+        secret=secret,
+    )
     setting = Setting(
         name=name,
         namespace=namespace,
         claim=claim,
-        image=image or SERVING_IMAGE,
+        image=image or (model.fetch_image if server == "kubegraft" else SERVING_IMAGE),
         service_account=pod_service_account or "kubegraft-serving",
         cpu=cpu or "2",
         memory=memory or "2Gi",
     )
-    _write(render_serving(setting, server, run_name), output)
+    _write(render_serving(setting, server, model), output)
+
+
+@render.command("reader", cls=SectionedCommand)
+@_OUTPUT
+@_setting_options
+@_image_only_options
+@DebugOption.decorate
+def reader(
+    output: str | None,
+    name: str,
+    namespace: str,
+    claim: str,
+    pod_service_account: str,
+    cpu: str,
+    memory: str,
+    image: str,
+    registry: str,
+) -> None:
+    """A pod with the volume, from which `kubectl cp` takes what a run left there.
+
+    It is named NAME-reader, has the volume at /workspace, and ends by itself after an hour.
+    """
+    from kubegraft.kfp_client.package import released_image
+    from kubegraft.rendering.pods import Setting
+    from kubegraft.rendering.reader import render_reader
+
+    setting = Setting(
+        name=name,
+        namespace=namespace,
+        claim=claim,
+        image=released_image(image=image, registry="" if image else registry),
+        service_account=pod_service_account or "kubegraft-task",
+        cpu=cpu or "500m",
+        memory=memory or "128Mi",
+    )
+    _write(render_reader(setting), output)
 
 
 def _write(manifests: list[Manifest], output: str | None) -> None:

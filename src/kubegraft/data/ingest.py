@@ -41,6 +41,7 @@ from kubegraft.data.sources import open_source
 from kubegraft.data.splitting import AcceptedImage, assign_splits, require_usable, split_warnings
 from kubegraft.errors import ConfigError, DataError, Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import Outcome, StageResult, Workspace, run_stage
@@ -105,12 +106,16 @@ def _ingest(workspace: Workspace, config: IngestConfig) -> Outcome:
     layout = read_layout(source.root, strip_top_folder=source.is_archive)
     log_event(STAGE, "found", files=len(layout.files), classes=len(layout.classes))
     files = _inspected(layout, workspace.scratch / "inspected.jsonl")
+    if metrics.wanted():
+        metrics.observe_counts("bad_images", STAGE, Counter(file.reason for file in files.quarantined))
     _require_mostly_good(files, config.max_bad_fraction)
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
     images = assign_splits(files.accepted, given=layout.given, fractions=fractions, seed=config.seed)
     require_usable(images, layout.classes, layout.given)
     records = list(_write_shards(workspace.staging, images, layout.classes))
     manifest = _manifest(layout, images, records, files.quarantined, config)
+    if metrics.wanted():
+        metrics.observe_counts("images", STAGE, {s: found.num_images for s, found in manifest.splits.items()})
     write_lines(workspace.staging / IMAGES_FILE, records)
     write_lines(workspace.staging / QUARANTINE_FILE, files.quarantined)
     manifest.save(workspace.staging)

@@ -115,7 +115,7 @@ def _inspect_bytes(encoded: bytes, format_: str) -> Inspection:
     from kubegraft.data.decode import decode_bytes
 
     try:
-        mode, num_pixels = _header(encoded, format_)
+        mode, num_pixels = read_header(encoded, format_)
         if num_pixels > MAX_PIXELS:
             return Inspection(reason="too_large", detail=f"{num_pixels / 1e6:.0f} million pixels")
         height, width, _ = decode_bytes(encoded).shape
@@ -126,8 +126,16 @@ def _inspect_bytes(encoded: bytes, format_: str) -> Inspection:
     )
 
 
-def _header(encoded: bytes, format_: str) -> tuple[str, int]:
-    """Return Pillow's mode, and the pixels of the picture, without decoding it."""
+def read_header(encoded: bytes, format_: str) -> tuple[str, int]:
+    """Return Pillow's mode, and the number of pixels of the picture, without decoding it.
+
+    Args:
+        encoded: Bytes of a whole file.
+        format_: As `kubegraft.data.decode.sniff_format` names it.
+
+    Raises:
+        Exception: Whatever Pillow raises on damaged bytes; DecompressionBombError for far too many pixels.
+    """
     from PIL import Image
 
     # Phones append more pictures to a JPEG, and Pillow calls it MPO then.

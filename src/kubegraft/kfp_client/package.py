@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from kubegraft import __version__
 from kubegraft.errors import ConfigError
-from kubegraft.local_run import find_checkout, load_pipeline, packaged_pipeline
+from kubegraft.local_run import COMPILED_FILES, find_checkout, import_from_checkout, packaged_pipeline
+from kubegraft.processes import WORK_DIR_VARIABLE
 
 _HASH_DIGITS: Final = 12
 _IMAGE_LINE: Final = re.compile(r"^(\s+image: )(\S+)$", re.MULTILINE)
+_CLAIM: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_SELECTOR_DEFAULT: Final = re.compile(r"^(      node_selector:\n        defaultValue: )\{\}$", re.MULTILINE)
+_WORK_DIR: Final = "/workspace"  # as in pipelines/_profiles.py
 _CACHE_LINE: Final = re.compile(r"^(\s+cachingOptions:)\n\s+enableCache: true$", re.MULTILINE)
 
 
@@ -56,30 +61,91 @@ class PipelinePackage:
         parameters = self._spec()["root"].get("inputDefinitions", {}).get("parameters", {})
         return {name: p["defaultValue"] for name, p in parameters.items() if "defaultValue" in p}
 
-    def with_image(self, *, image: str = "", registry: str = "") -> PipelinePackage:
-        """Return the pipeline with its tasks in another image.
+    @property
+    def images(self) -> tuple[str, str]:
+        """Image of the tasks, and of the training tasks; only the GPU profile has two."""
+        executors = self._spec()["deploymentSpec"]["executors"]
+        both = [executors[name]["container"]["image"] for name in ("exec-ingest", "exec-train-head")]
+        return str(both[0]), str(both[1])
+
+    def with_image(self, *, image: str = "", registry: str = "", gpu_image: str = "") -> PipelinePackage:
+        """Return the pipeline with its tasks in other images.
 
         Args:
-            image: Whole name of the image; "" keeps it.
-            registry: Registry to take the image of the same name and tag from; "" keeps it.
+            image: Whole name of the image; "" keeps it. In the GPU profile that of the training tasks is the one
+                which is built beside it, unless `gpu_image` says otherwise.
+            registry: Registry to take the images of the same name and tag from; "" keeps it.
+            gpu_image: Whole name of the training tasks' image in the GPU profile.
 
         Raises:
-            ConfigError: If both are given, or the image has no tag or digest of its own.
+            ConfigError: If image and registry are both given, an image has no tag or digest of its own, or that of
+                the training tasks can't be told.
         """
         if image and registry:
             raise ConfigError(
                 "`image` names the registry already. Received: "
                 f"image={image!r}, registry={registry!r}. Give one of the two."
             )
-        if image:
-            check_image(image)
+        for given in filter(None, (image, gpu_image)):
+            check_image(given)
+        old, old_training = self.images
+        new, new_training = (
+            f"{registry.rstrip('/')}/{name.rpartition('/')[2]}" if registry else name
+            for name in (old, old_training)
+        )
+        new = image or new
+        if old_training == old:
+            new_training = new
+        elif image or gpu_image:
+            new_training = gpu_image or self.image_beside(image) or _untold(image)
+        names = {old: new, old_training: new_training}
+        return PipelinePackage(_IMAGE_LINE.sub(lambda m: m[1] + names.get(m[2], m[2]), self.text))
 
-        def renamed(match: re.Match[str]) -> str:
-            old = match[2]
-            new = image or (f"{registry.rstrip('/')}/{old.rpartition('/')[2]}" if registry else old)
-            return match[1] + new
+    def image_beside(self, image: str) -> str:
+        """Return the training tasks' image that is built together with an image of the others; "" for another name."""
+        place, slash, last = image.rpartition("/")
+        name, training_name = (own.rpartition("/")[2].partition(":")[0] for own in self.images)
+        found, colon, tag = last.partition(":")
+        return f"{place}{slash}{training_name}:{tag}" if colon and found == name else ""
 
-        return PipelinePackage(_IMAGE_LINE.sub(renamed, self.text))
+    def with_work_claim(self, claim: str) -> PipelinePackage:
+        """Return the pipeline with every task's work directory on a PersistentVolumeClaim; "" for none.
+
+        A task whose pod was lost then continues from its checkpoint when KFP starts it again.
+
+        Raises:
+            ConfigError: If it is no name that a claim can have.
+        """
+        if not claim:
+            return self
+        if not _CLAIM.fullmatch(claim):
+            raise ConfigError(
+                "`work_claim` must be the name of a PersistentVolumeClaim. Received: "
+                f"work_claim={claim!r}. For example kubegraft-work."
+            )
+        import yaml
+
+        spec, platform = yaml.safe_load_all(self.text)
+        platforms = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        for name, executor in spec["deploymentSpec"]["executors"].items():
+            variable = {"name": WORK_DIR_VARIABLE, "value": _WORK_DIR}
+            executor["container"].setdefault("env", []).append(variable)
+            named = {"runtimeValue": {"constant": claim}}
+            mount = {"mountPath": _WORK_DIR, "constant": claim, "pvcNameParameter": named}
+            platforms[name].setdefault("pvcMount", []).append(mount)
+        header = self.text[: self.text.index("\ncomponents:") + 1]
+        return PipelinePackage(
+            header + yaml.safe_dump_all([spec, platform], sort_keys=True, allow_unicode=True)
+        )
+
+    def with_node_selector(self, labels: Mapping[str, str]) -> PipelinePackage:
+        """Return the pipeline with another default of its parameter `node_selector`; {} keeps it."""
+        if not labels:
+            return self
+        import json
+
+        default = json.dumps(dict(labels), sort_keys=True)
+        return PipelinePackage(_SELECTOR_DEFAULT.sub(lambda match: match[1] + default, self.text, count=1))
 
     def without_caching(self) -> PipelinePackage:
         """Return the pipeline with no task ever answered from KFP's cache.
@@ -102,40 +168,59 @@ class PipelinePackage:
         return dict(next(iter(yaml.safe_load_all(self.text))))
 
 
-def load_package() -> PipelinePackage:
+def load_package(profile: str = "cpu") -> PipelinePackage:
     """Return the pipeline: compiled now from a checkout's source, or as the installed kubegraft carries it.
+
+    Args:
+        profile: `cpu`, or `gpu` for the variant whose training tasks run in the image for GPUs.
 
     Raises:
         EnvironmentFault: If there is neither.
     """
-    if find_checkout() is None:
-        return PipelinePackage(packaged_pipeline().read_text(encoding="utf-8"))
-    return PipelinePackage(_compiled(load_pipeline()))
+    checkout = find_checkout()
+    if checkout is None:
+        return PipelinePackage(packaged_pipeline(profile).read_text(encoding="utf-8"))
+    compile_all = import_from_checkout(checkout, "pipelines.compile").compile_all
+    with tempfile.TemporaryDirectory() as directory:
+        (path,) = compile_all(Path(directory), [profile])
+        return PipelinePackage(path.read_text(encoding="utf-8"))
 
 
-def released_image(*, image: str = "", registry: str = "") -> str:
-    """Return the image of the tasks, as the compiled pipeline names it, or another; see `with_image`.
+def released_image(*, image: str = "", registry: str = "", gpu: bool = False) -> str:
+    """Return the image of a pod that runs the whole pipeline.
+
+    Args:
+        image: Whole name; "" for that of `KUBEGRAFT_TRAIN_IMAGE` or `KUBEGRAFT_TRAIN_GPU_IMAGE`, or the released one.
+        registry: Registry of the released image, where that is taken.
+        gpu: Whether the pod gets GPUs, and so needs the image for them.
 
     Raises:
         ConfigError: If the image has no tag or digest of its own.
         EnvironmentFault: If there is no compiled pipeline.
     """
+    if image:
+        check_image(image)
+        return image
+    profile = "gpu" if gpu else "cpu"
     checkout = find_checkout()
     compiled = (
-        checkout / "pipelines" / "compiled" / "transfer_learning.yaml" if checkout else packaged_pipeline()
+        checkout / "pipelines" / "compiled" / COMPILED_FILES[profile]
+        if checkout
+        else packaged_pipeline(profile)
     )
-    package = PipelinePackage(compiled.read_text(encoding="utf-8")).with_image(image=image, registry=registry)
-    match = _IMAGE_LINE.search(package.text)
-    return match[2] if match else image
+    named = os.environ.get("KUBEGRAFT_TRAIN_IMAGE", "")
+    named_for_gpus = os.environ.get("KUBEGRAFT_TRAIN_GPU_IMAGE", "") if gpu else ""
+    package = PipelinePackage(compiled.read_text(encoding="utf-8")).with_image(
+        image=named, registry="" if named else registry, gpu_image=named_for_gpus
+    )
+    return package.images[1]
 
 
-def _compiled(pipeline: Callable[..., Any]) -> str:
-    from kfp import compiler
-
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "pipeline.yaml")
-        compiler.Compiler().compile(pipeline, str(path))
-        return path.read_text(encoding="utf-8")
+def _untold(image: str) -> str:
+    raise ConfigError(
+        "`gpu_image` must name the training tasks' image where it can't be told from the other's name. Received: "
+        f"image={image!r} and no gpu_image. Give --gpu-image NAME:TAG, the same again if it has TensorFlow for GPUs."
+    )
 
 
 def check_image(image: str) -> None:

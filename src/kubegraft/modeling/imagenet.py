@@ -45,6 +45,11 @@ class ImageNetFile:
         return ImageNetFile(url=self.url.format(size=size), file_hash=self.file_hash)
 
     @property
+    def files(self) -> tuple[ImageNetFile, ...]:
+        """The one file, or that of each input size."""
+        return tuple(self.for_size(size) for size in self.sizes) or (self,)
+
+    @property
     def cache_path(self) -> Path:
         """Path in Keras's own cache, so that both find what the other has downloaded."""
         return cache_dir() / (self.file_name or self.url.rsplit("/", 1)[-1])
@@ -85,11 +90,12 @@ def fetched(file: ImageNetFile) -> Path:
             fetch_file(file.url, path)
         except StorageError as error:
             raise _unreachable(file, error) from error
-    _check_hash(file, path)
+    check_hash(file, path)
     return path
 
 
-def _check_hash(file: ImageNetFile, path: Path) -> None:
+def check_hash(file: ImageNetFile, path: Path) -> None:
+    """Raise WeightsError unless `path` holds the file that Keras published; where Keras states no hash, all pass."""
     if not file.file_hash:
         return
     algorithm = "sha256" if len(file.file_hash) == 64 else "md5"
@@ -98,12 +104,13 @@ def _check_hash(file: ImageNetFile, path: Path) -> None:
     if actual != file.file_hash:
         raise WeightsError(
             f"`weights` must be the file that Keras published: {algorithm} {file.file_hash}. Received: {path} "
-            f"with {actual}. Remove the file; it is then downloaded again."
+            f"with {actual}. Fetch the file again; one in Keras's cache is downloaded anew once it is removed."
         )
 
 
 def _unreachable(file: ImageNetFile, error: Exception) -> WeightsError:
     return WeightsError(
         f"`weights` 'imagenet' must be downloaded, but the file can't be reached. Received: {file.url}: {error}. "
-        f"Put that file at {file.cache_path}, or use weights='none' or the path of a .weights.h5 file."
+        f"Put that file at {file.cache_path}, or use weights='none' or the path of a .weights.h5 file; "
+        "`kubegraft bundle create` brings such files to where there is no network."
     )

@@ -17,7 +17,7 @@ import numpy as np
 
 from kubegraft.errors import StorageError, WeightsError, suggestion
 from kubegraft.modeling import efficientnet_lite0
-from kubegraft.modeling.imagenet import cache_dir, fetched, require_reachable
+from kubegraft.modeling.imagenet import ImageNetFile, cache_dir, check_hash, fetched, require_reachable
 
 if TYPE_CHECKING:
     from kubegraft.modeling.backbone import Backbone
@@ -52,7 +52,8 @@ def check_weights(
 
     Args:
         backbone: Backbone that will be built.
-        weights: `imagenet`, `none`, or a path or URI of a `.weights.h5` or `.keras` file.
+        weights: `imagenet`, `none`, or a path or URI of a `.weights.h5` or `.keras` file, or of the very file that
+            Keras publishes for the backbone, under its own name.
         weights_sha256: Expected SHA-256 of that file; "" skips the check.
         input_size: Side in pixels; some backbones have other ImageNet weights for other sizes. None means
             the native size.
@@ -63,7 +64,7 @@ def check_weights(
     if weights == NONE:
         return NONE
     if weights != IMAGENET:
-        return _checked_digest(weights, weights_sha256)
+        return _checked_digest(backbone, weights, weights_sha256)
     if backbone.imagenet is None:
         efficientnet_lite0.require_packaged()
         return efficientnet_lite0.WEIGHTS_SHA256
@@ -87,14 +88,18 @@ def load_weights(backbone: Backbone, model: Any, weights: str, weights_sha256: s
     if weights == NONE:
         pass
     elif weights != IMAGENET:
-        _checked_digest(weights, weights_sha256)
-        _load_file(model, _local_path(weights), weights)
+        _checked_digest(backbone, weights, weights_sha256)
+        if _published_file(backbone, weights):
+            _load_published(model, _local_path(weights))
+        else:
+            _load_file(model, _local_path(weights), weights)
     elif backbone.imagenet is None:
         efficientnet_lite0.load_packaged(model)
     else:
         _load_published(model, fetched(backbone.imagenet.for_size(model.input_shape[1])))
     if backbone.display_name.startswith("EfficientNetB"):
-        _settle_efficientnet_scaling(model, scaled=weights in _KEYWORDS)
+        published = _published_file(backbone, weights) is not None
+        _settle_efficientnet_scaling(model, scaled=published or weights in _KEYWORDS)
 
 
 def _load_published(model: Any, path: Path) -> None:
@@ -103,7 +108,7 @@ def _load_published(model: Any, path: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"`weights` must be the file that Keras published for {model.name}. Received: {path}: {error}. "
-            "Remove the file; it is then downloaded again."
+            "Fetch the file again; one in Keras's cache is downloaded anew once it is removed."
         ) from error
 
 
@@ -127,22 +132,37 @@ def _settle_efficientnet_scaling(model: Any, *, scaled: bool) -> None:
     layer.finalize_state()
 
 
-def _checked_digest(weights: str, expected: str) -> str:
+def _checked_digest(backbone: Backbone, weights: str, expected: str) -> str:
     from kubegraft.storage import sha256_of
 
-    if not weights.endswith(_SUFFIXES):
+    published = _published_file(backbone, weights)
+    if published is None and not weights.endswith(_SUFFIXES):
+        names = " or ".join(file.cache_path.name for file in _published_files(backbone))
         raise WeightsError(
             f"`weights` must be 'imagenet', 'none', or end with .weights.h5 or .keras. Received: "
-            f"weights={weights!r}.{suggestion(weights, _KEYWORDS)} "
-            f"A file that Keras published itself (..._notop.h5) belongs into {cache_dir()}."
+            f"weights={weights!r}.{suggestion(weights, _KEYWORDS)} A file that Keras published itself "
+            f"keeps its name{f', {names},' if names else ''} or belongs into {cache_dir()}."
         )
-    actual = sha256_of(_local_path(weights))
+    path = _local_path(weights)
+    if published is not None:
+        check_hash(published, path)
+    actual = sha256_of(path)
     if expected and actual != expected.lower():
         raise WeightsError(
             f"`weights_sha256` must be the SHA-256 of the weights file. Received: {expected.lower()}, but "
             f"{weights} has {actual}. Fetch the file again, or correct the digest."
         )
     return actual
+
+
+def _published_file(backbone: Backbone, weights: str) -> ImageNetFile | None:
+    """Return which of the backbone's published files a path or URI names, if it does."""
+    name = weights.rsplit("/", 1)[-1]
+    return next((file for file in _published_files(backbone) if file.cache_path.name == name), None)
+
+
+def _published_files(backbone: Backbone) -> tuple[ImageNetFile, ...]:
+    return backbone.imagenet.files if backbone.imagenet is not None else ()
 
 
 def _local_path(weights: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from kubegraft.accelerators import REQUIRE_VARIABLE
 from kubegraft.config_file import to_yaml
 from kubegraft.errors import ConfigError, EnvironmentFault, KubegraftError
 from kubegraft.rendering.pods import (
@@ -183,7 +184,7 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
         "image": setting.image,
         "imagePullPolicy": "IfNotPresent",
         "args": ["run", "--config", f"{_CONFIG_DIR}/run.yaml", "--output", output, *flags],
-        "env": [{"name": "KUBEGRAFT_LOG_FORMAT", "value": "json"}],
+        "env": _variables(accelerators),
         "resources": _resources(setting, accelerators),
         "securityContext": container_security(),
         "volumeMounts": mounts,
@@ -205,6 +206,17 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
     if accelerators.tolerations:
         spec["tolerations"] = [dict(toleration) for toleration in accelerators.tolerations]
     return {"metadata": {"labels": labels("task", setting.name)}, "spec": spec}
+
+
+def _variables(accelerators: Accelerators) -> list[Manifest]:
+    field = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
+    variables: list[Manifest] = [
+        {"name": "KUBEGRAFT_LOG_FORMAT", "value": "json"},
+        {"name": "KUBEGRAFT_RUN_NAME", "valueFrom": field},
+    ]
+    if accelerators.count:
+        variables.append({"name": REQUIRE_VARIABLE, "value": str(accelerators.count)})
+    return variables
 
 
 def _work_volume(setting: Setting) -> Manifest:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
 from types import TracebackType
 from typing import Final, Self
 
-from kubegraft.reporting.events import LOG_FORMAT_VARIABLE, log_event
+from kubegraft.reporting import metrics
+from kubegraft.reporting.events import log_event, log_is_json
 
 _LINE_SECONDS: Final = 10.0
 _BAR_SECONDS: Final = 0.1
 _BAR_WIDTH: Final = 24
+_MEASURE_SECONDS: Final = 1.0
 
 
 class Progress:
@@ -25,14 +26,29 @@ class Progress:
                 progress.update(bad=num_bad)
     """
 
-    def __init__(self, stage: str, total: int, unit: str) -> None:
-        """Count `total` things of `unit` (plural) for `stage`; a total of 0 means it is not known."""
+    def __init__(self, stage: str, total: int, unit: str, *, images_per_unit: int = 0) -> None:
+        """Count `total` things of `unit` for `stage`; a total of 0 means it is not known.
+
+        Args:
+            stage: Stage that works.
+            total: How many there are.
+            unit: What they are, for example `images`.
+            images_per_unit: Images in each, for the metrics; 0 where they hold none. An image is one.
+        """
         self.stage, self.total, self.unit = stage, total, unit
+        self.images_per_unit = 1 if unit == "images" else images_per_unit
         self.done = 0
         self._shown: dict[str, object] = {}
         self._started = self._last = time.monotonic()
-        self._bar = sys.stderr.isatty() and os.environ.get(LOG_FORMAT_VARIABLE) != "json"
+        self._measured = 0.0
+        self._done_before = 0
+        self._bar = sys.stderr.isatty() and not log_is_json()
         self._interval_seconds = _BAR_SECONDS if self._bar else _LINE_SECONDS
+
+    def resume(self, num_done: int) -> None:
+        """Count what an interrupted call did before; it is no part of the rate."""
+        self.done += num_done
+        self._done_before += num_done
 
     def update(self, num_done: int = 1, **shown: object) -> None:
         """Count `num_done` more; `shown` are details beside the count, for example `loss=0.31`."""
@@ -42,6 +58,19 @@ class Progress:
         if now - self._last >= self._interval_seconds:
             self._last = now
             self._show(now)
+        if now - self._measured >= _MEASURE_SECONDS:
+            self._measure(now)
+
+    def _measure(self, now: float) -> None:
+        self._measured = now
+        if metrics.wanted():
+            metrics.observe_progress(
+                self.stage, self.unit, self.done, self.total, self._rate(now), self.images_per_unit
+            )
+
+    def _rate(self, now: float) -> float:
+        """Return the things done a second; those of an interrupted call before don't count."""
+        return (self.done - self._done_before) / max(now - self._started, 1e-9)
 
     def note(self, event: str, **fields: object) -> None:
         """Say that something happened, on a line of its own."""
@@ -60,9 +89,10 @@ class Progress:
         """Take the bar off the line, so that what follows starts on a clean one."""
         if self._bar:
             self._write("")
+        self._measure(time.monotonic())
 
     def _show(self, now: float) -> None:
-        rate = self.done / max(now - self._started, 1e-9)
+        rate = self._rate(now)
         if self._bar:
             self._write(self._line(rate))
             return

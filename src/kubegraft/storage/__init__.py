@@ -6,7 +6,7 @@ What the rest of kubegraft imports is named here; the modules below are:
     retries     trying again what fails for a while, and hiding what must not be printed
     digests     checksums of files
     objects     what an object store must do; `gcs` and `s3` do it, `web` reads http(s)
-    fetching    fetch_file, fetch_tree: from anywhere to here
+    fetching    fetch_file, fetch_tree, fetch_whole_tree: from anywhere to here
     listing     list_files, exists
     publishing  publish_tree: from here to a path or bucket, all or nothing
 
@@ -16,7 +16,7 @@ again that exits. Credentials are found by the clients of the stores, never pass
 """
 
 from kubegraft.storage.digests import sha256_of
-from kubegraft.storage.fetching import fetch_file, fetch_tree
+from kubegraft.storage.fetching import fetch_file, fetch_tree, fetch_whole_tree
 from kubegraft.storage.listing import exists, list_files
 from kubegraft.storage.publishing import check_target, publish_tree
 from kubegraft.storage.retries import RETRY_WAITS_SECONDS
@@ -29,6 +29,7 @@ __all__ = [
     "exists",
     "fetch_file",
     "fetch_tree",
+    "fetch_whole_tree",
     "is_remote",
     "list_files",
     "local_path",

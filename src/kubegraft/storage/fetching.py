@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from kubegraft.errors import ConfigError, StorageError
@@ -56,6 +56,7 @@ def fetch_tree(
     uri: str,
     target_dir: str | os.PathLike[str],
     *,
+    part: str = "",
     exact: bool = False,
     retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
 ) -> None:
@@ -67,6 +68,7 @@ def fetch_tree(
     Args:
         uri: Path of a folder, or `gs://` or `s3://` URI of a prefix.
         target_dir: Local directory, made if need be.
+        part: Path in the folder; only what is there is fetched, to the same path in `target_dir`. "" for all.
         exact: Whether files in `target_dir` that are not in the folder (any more) are removed; for buckets only.
         retry_waits_seconds: How long to wait before each further try of a file.
 
@@ -79,19 +81,70 @@ def fetch_tree(
     retries = Retries(retry_waits_seconds)
     scheme = folder_scheme(uri)
     if scheme not in OBJECT_SCHEMES:
-        retries.call(uri, functools.partial(_copy_tree, local_path(uri), target_dir))
+        retries.call(uri, functools.partial(_copy_tree, local_path(uri), target_dir, part.strip("/")))
         return
     started_ns = _file_system_time_ns(target_dir)
     with opened_store(uri, retries) as (store, key):
-        num_files, num_bytes = _fetch_objects(store, as_folder(key), target_dir, uri, retries)
+        num_files, num_bytes = _fetch_objects(
+            store, as_folder(key), target_dir, uri, retries, part.strip("/")
+        )
     if not num_files:
+        missing = f"no {part!r} in it" if part else "no object under this prefix"
         raise StorageError(
-            f"`{public_uri(uri)}` must be a folder with files. Received: no object under this prefix. "
+            f"`{public_uri(uri)}` must be a folder with files. Received: {missing}. "
             "Check the spelling and the permission to list."
         )
     if exact:
         _remove_older(target_dir, started_ns)
     log_event("storage", "fetched", uri=public_uri(uri), files=num_files, mib=round(num_bytes / 2**20, 1))
+
+
+def fetch_whole_tree(
+    uri: str,
+    directory: str | os.PathLike[str],
+    *,
+    part: str = "",
+    replace: bool = False,
+    retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
+) -> tuple[int, int]:
+    """Copy a folder so that `directory` appears when all of it is there; the next call continues one that was killed.
+
+    Args:
+        uri: Path of a folder, or `gs://` or `s3://` URI of a prefix.
+        directory: Local directory to make; its parent is made if need be.
+        part: See `fetch_tree`.
+        replace: Whether it may take the place of what is there.
+        retry_waits_seconds: How long to wait before each further try of a file.
+
+    Returns:
+        How many files and bytes are there.
+
+    Raises:
+        ConfigError: If there is something and `replace` is not given; else as `fetch_tree`.
+        StorageError: As `fetch_tree`.
+    """
+    directory = Path(directory)
+    if ".." in PurePosixPath(part).parts:
+        raise ConfigError(
+            f"`only` must be a path in the folder. Received: only={part!r}, which leads out of it."
+        )
+    occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if occupied and not (replace and directory.is_dir()):
+        raise ConfigError(
+            "`directory` must not exist, or be empty. Received: "
+            f"directory={str(directory)!r}, which holds something. Choose another one, or replace its content."
+        )
+    aside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
+    if folder_scheme(uri) not in OBJECT_SCHEMES:
+        shutil.rmtree(aside, ignore_errors=True)
+    fetch_tree(uri, aside, part=part, exact=True, retry_waits_seconds=retry_waits_seconds)
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    aside.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
 
 
 def folder_scheme(uri: str) -> str:
@@ -125,16 +178,20 @@ def plain_objects(store: ObjectStore, prefix: str, uri: str, retries: Retries) -
 
 
 def _fetch_objects(
-    store: ObjectStore, prefix: str, target_dir: Path, uri: str, retries: Retries
+    store: ObjectStore, prefix: str, target_dir: Path, uri: str, retries: Retries, part: str
 ) -> tuple[int, int]:
     publication = retries.call(uri, lambda: _whole_publication(store, prefix, uri))
-    wanted = _published(publication, prefix) if publication else _listed(store, prefix, uri, retries)
+    wanted = _published(publication, prefix) if publication else _listed(store, prefix + part, uri, retries)
     return in_parallel(
         lambda item: _fetch_object(store, item, prefix, target_dir, uri, retries),
-        wanted,
+        (each for each in wanted if _is_in(each.item.key.removeprefix(prefix), part)),
         retries,
-        total=len(publication.files) if publication else 0,
+        total=len(publication.files) if publication and not part else 0,
     )
+
+
+def _is_in(path: str, part: str) -> bool:
+    return not part or path == part or path.startswith(f"{part}/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +271,14 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _copy_tree(source: Path, target_dir: Path) -> None:
+def _copy_tree(source: Path, target_dir: Path, part: str = "") -> None:
+    if part and not (source / part).is_dir():
+        (target_dir / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / part, target_dir / part)
+        return
+
     def ignored(directory: str, names: list[str]) -> list[str]:
         at_top = Path(directory) == source
         return [name for name in names if at_top and name in (PUBLICATION_FILE, PARTIAL_FOLDER)]
 
-    shutil.copytree(source, target_dir, ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(source / part, target_dir / part, ignore=ignored, dirs_exist_ok=True)

@@ -94,7 +94,8 @@ def extract_rows(
     compute = _compiled(strategy, forward, dtype)
     saved = time.monotonic()
     with stopping_gracefully(), Progress(phase, total=num_examples, unit="images") as progress:
-        progress.update(min(done_steps * batch_size, num_examples), file=path.stem)
+        progress.resume(min(done_steps * batch_size, num_examples))
+        progress.update(0, file=path.stem)
         for step, batch in enumerate(
             _distribute(strategy, source, batches, batch_size, done_steps), done_steps
         ):

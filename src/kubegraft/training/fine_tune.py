@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kubegraft import tensorflow_setup
+from kubegraft.accelerators import require_accelerators
 from kubegraft.activation_plan import ActivationPlan, Cut, Limits, plan_activations
 from kubegraft.config import FineTuneConfig
 from kubegraft.data.manifest import Manifest, load_manifest
@@ -69,7 +70,9 @@ def fine_tune(
         ConfigError: If more blocks are to be unfrozen than there are.
         ModelError: If the model knows other classes than the dataset.
         TrainingError: If training can't go on.
+        EnvironmentFault: If accelerators were asked for that are not there; see `require_accelerators`.
     """
+    require_accelerators()
     manifest = load_manifest(dataset_dir)
     require_images(manifest)
     inputs = {"dataset": read_result(dataset_dir).digest, "model": read_result(model_dir).digest}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kubegraft import tensorflow_setup
+from kubegraft.accelerators import require_accelerators
 from kubegraft.config import HeadConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
@@ -49,7 +50,9 @@ def train_head(
         ConfigError: If the backbone does not take the input size.
         WeightsError: If the pretrained weights can't be had.
         TrainingError: If training can't go on.
+        EnvironmentFault: If accelerators were asked for that are not there; see `require_accelerators`.
     """
+    require_accelerators()
     backbone = get_backbone(config.backbone)
     weights_digest = check_weights(backbone, config.weights, config.weights_sha256)
     manifest = load_manifest(dataset_dir)

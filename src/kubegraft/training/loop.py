@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from kubegraft.errors import DivergenceError, Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
@@ -156,10 +157,11 @@ class _Run:
         if not self._resume():
             self.history.start = self._validate()
             self._keep_best()
+        total = self.num_steps * self.config.num_epochs
         with Progress(
-            self.config.phase, total=self.num_steps * self.config.num_epochs, unit="step"
+            self.config.phase, total, unit="step", images_per_unit=self.config.batch_size
         ) as progress:
-            progress.update(self.epoch * self.num_steps + self.step)
+            progress.resume(self.epoch * self.num_steps + self.step)
             while not self.history.stopped:
                 if self.epoch >= self.config.num_epochs:
                     self.history.stopped = "all epochs done"
@@ -205,6 +207,9 @@ class _Run:
             self._keep_best()
         self.elapsed_seconds += time.monotonic() - started
         self.history.epochs[-1]["seconds"] = round(self.elapsed_seconds, 3)
+        if metrics.wanted():
+            best = self.history.best["validation_accuracy"]
+            metrics.observe_epoch(self.config.phase, self.config.num_epochs, self.history.epochs[-1], best)
         if time.monotonic() - self.noted > _NOTE_SECONDS:
             self.noted = time.monotonic()
             progress.note("epoch", of=self.config.num_epochs, **self.history.epochs[-1])
