@@ -212,6 +212,13 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(
     assert continued.digest == read_result(found).digest
 
 
+def test_mixed_precision_trains_from_what_it_computes(dataset, head, tmp_path):
+    options = {"num_epochs": 1, "num_blocks": 2, "mixed_precision": "on"}
+    result = fine_tune(dataset, head, tmp_path / "model", FineTuneConfig(**FINE_TUNE | options))
+    assert result.provenance["frozen_blocks"] == "activations"
+    assert np.isfinite(result.metrics["validation_loss"])
+
+
 def test_bfloat16_activations_are_kept_as_their_bits(tmp_path):
     from kubegraft.modeling.splitting import Boundary
     from kubegraft.training.activations import ActivationSource
