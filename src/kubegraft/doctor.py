@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from kubegraft.config import HeadConfig
+from kubegraft.machine_limits import memory_limit_bytes
 
 Status = Literal["ok", "warn", "fail"]
 _NETWORK_SECONDS: Final = 2.0
@@ -161,15 +162,6 @@ def cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         allowed = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
         each = int((root / "cpu" / "cpu.cfs_period_us").read_text())
         return allowed / each if allowed > 0 else None
-    return None
-
-
-def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return how much memory the container's cgroup (v1 or v2) allows, or None."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((root / name).read_text())
-            return limit if limit < 2**60 else None  # v1 says "no limit" with a huge number
     return None
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from kubegraft.activation_plan import Wish
 from kubegraft.config import ADAMW_FIELDS, AUTO, AUTO_NAME, FineTuneConfig, HeadConfig, TrainingConfig
 
 IMBALANCE_TO_BALANCE: Final = 3.0
@@ -18,6 +19,8 @@ MIXUP_ALPHA: Final = 0.2
 _ENLARGEMENT: Final = 3
 _SMALLEST_USEFUL_SIDE: Final = 96
 _LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
+# Images up to which so many views of each are kept. More images vary enough by themselves.
+_VIEWS: Final = ((20_000, 4), (200_000, 2))
 # Pooled features of the registered backbones have 512 to 2,560 numbers.
 _WEIGHTS_OF_A_CLASS: Final = 1000
 
@@ -136,6 +139,37 @@ def resolve_fine_tune(
         "class_weights": _class_weights(facts),
     }
     return _resolved(dataclasses.replace(config, unfreeze_fraction=AUTO), proposals)
+
+
+def fine_tune_wish(
+    given: FineTuneConfig, resolved: FineTuneConfig, facts: DatasetFacts, num_backbone_blocks: int
+) -> Wish:
+    """Return what fine-tuning would do if memory and disk were endless.
+
+    Args:
+        given: Config as the user gave it.
+        resolved: The same with every open value chosen.
+        facts: DatasetFacts about the dataset.
+        num_backbone_blocks: Blocks that the backbone has.
+    """
+    transforms = {name.strip() for name in resolved.augmentation.split(",")} - {"none"}
+    views = next((views for most, views in _VIEWS if facts.num_train <= most), 1)
+    # A view costs a pass through the frozen blocks, which must not outweigh the epochs that it is for.
+    views = max(1, min(views, -(-resolved.num_epochs // 2)))
+    chosen = given.augmentation not in (AUTO_NAME, "none")
+    if chosen:
+        views = max(views, 2)
+    return Wish(
+        num_train=facts.num_train,
+        num_validation=facts.num_validation,
+        num_backbone_blocks=num_backbone_blocks,
+        num_blocks=resolved.num_blocks,
+        blocks_given=given.num_blocks != AUTO or given.unfreeze_fraction != AUTO,
+        num_views=views if transforms else 1,
+        views_given=chosen,
+        mixes_pixels="mixup" in transforms,
+        num_epochs=resolved.num_epochs,
+    )
 
 
 def _resolved(config: Config, proposals: dict[str, tuple[Any, str]]) -> tuple[Config, tuple[Choice, ...]]:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from kubegraft import doctor
 from kubegraft.cli import main
 from kubegraft.doctor import Check
+from kubegraft.machine_limits import memory_limit_bytes
 
 
 def rows(check):
@@ -81,7 +82,7 @@ def test_limits_of_a_container(tmp_path, files, processors, memory):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert doctor.cpu_limit(tmp_path) == processors
-    assert doctor.memory_limit_bytes(tmp_path) == memory
+    assert memory_limit_bytes(tmp_path) == memory
 
 
 def test_processor_flags(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from kubegraft.config import HeadConfig
 from kubegraft.errors import ConfigError
@@ -20,6 +21,7 @@ from kubegraft.modeling.classifier import (
     save_classifier,
 )
 from kubegraft.modeling.freezing import freeze_backbone, rate_multipliers, training_plan, unfreeze_last_blocks
+from kubegraft.modeling.splitting import between, boundary_of, split_backbone
 
 CLASSES = ("ant", "bee", "cat")
 # Every kind of thing that a description of a model may hold: operations, nested models, classes of one architecture.
@@ -124,6 +126,57 @@ def test_unfreezing_all_blocks_leaves_batch_norm_frozen(case: Case) -> None:
 def test_unfreezing_the_last_block_trains_no_other(case: Case) -> None:
     unfrozen = unfreeze_last_blocks(case.model, case.backbone, 1)
     assert {block for _, block in unfrozen} == {case.backbone.num_blocks - 1}
+
+
+def answer_and_gradients(case: Case, pixels: Any, call: Any) -> tuple[Any, dict[str, Any]]:
+    """Return what `call` makes of the pixels, and the gradient of a mixture of it for every trainable variable."""
+    variables = case.core.trainable_variables
+
+    @tf.function
+    def compute(pixels: Any) -> Any:
+        with tf.GradientTape() as tape:
+            answer = call(pixels)
+            numbers = tf.range(tf.size(answer), dtype=tf.float32)
+            mixture = tf.reduce_sum(answer * tf.reshape(tf.cos(numbers), tf.shape(answer)))
+        return answer, tape.gradient(mixture, [variable.value for variable in variables])
+
+    answer, gradients = compute(pixels)
+    return answer.numpy(), {v.path: g.numpy() for v, g in zip(variables, gradients, strict=True)}
+
+
+def assert_alike(one: Any, other: Any, message: str) -> None:
+    # Random weights make the answers of some backbones tiny: what counts is the difference beside them.
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max() + 1e-30, err_msg=message)
+
+
+def test_both_halves_are_the_whole_and_train_it(case: Case) -> None:
+    num_blocks = case.backbone.num_blocks // 2
+    unfreeze_last_blocks(case.model, case.backbone, num_blocks)
+    described, digest = case.model.to_json(), model_digest(case.model)
+    split = split_backbone(case.core, case.backbone, num_blocks)
+    size = case.backbone.min_input_size
+    pixels = np.random.default_rng(2).uniform(0, 255, (2, size, size, 3)).astype(np.float32)
+    whole, gradients = answer_and_gradients(case, pixels, lambda given: case.core(given, training=False))
+    activations = split.activations(pixels)
+    halves, of_suffix = answer_and_gradients(case, activations, split.feature_map)
+    assert_alike(halves, whole, "feature map")
+    for path, gradient in of_suffix.items():
+        assert_alike(gradient, gradients[path], path)
+    # The halves are views of the whole, which they leave as it was.
+    assert (described, digest) == (case.model.to_json(), model_digest(case.model))
+    shallow = max(num_blocks // 2, 1)
+    later = between(case.core, case.backbone, num_blocks, shallow)(activations)
+    assert_alike(later, split_backbone(case.core, case.backbone, shallow).activations(pixels), "between cuts")
+
+
+def test_every_cut_has_a_boundary(case: Case) -> None:
+    for num_blocks in range(1, case.backbone.num_blocks):
+        boundary = boundary_of(case.core, case.backbone, num_blocks)
+        assert len(boundary.shapes) == 1 or not case.backbone.clean_cuts
+        assert boundary.row_bytes == 4 * boundary.row_length > 0
+    for num_blocks in (0, case.backbone.num_blocks):
+        with pytest.raises(ConfigError, match=r"to cut .* in two"):
+            boundary_of(case.core, case.backbone, num_blocks)
 
 
 def test_facts_of_the_registry_are_true(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +17,8 @@ from kubegraft.cli.options import (
     json_option,
     output_option,
 )
-from kubegraft.cli.output import print_facts, print_json, program
+from kubegraft.cli.output import print_facts, print_json, print_table, program, stdout_to_stderr
+from kubegraft.errors import ConfigError
 from kubegraft.run_config import STAGES, RunConfig
 
 
@@ -46,11 +48,46 @@ from kubegraft.run_config import STAGES, RunConfig
     help="End at once where images, config and kubegraft are those of the run before; for schedules.",
 )
 @cache_options
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what the run would do, keep and need, from a count of the images; nothing is decoded or written.",
+)
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=2),
+    help="With --dry-run: plan for so many images instead of DATA's.",
+)
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=2),
+    help="With --num-images: plan for so many classes. [default: 10]",
+)
+@click.option(
+    "--memory-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --dry-run: plan for so much memory instead of this machine's.",
+)
+@click.option(
+    "--disk-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --dry-run: plan for so much free disk instead of this machine's.",
+)
 @json_option
 @config_options(STAGES, flat=True)
 @DebugOption.decorate
 def run(
-    output: str, fresh: bool, publish_uri: str, if_changed: bool, as_json: bool, run_config: RunConfig
+    output: str,
+    fresh: bool,
+    publish_uri: str,
+    if_changed: bool,
+    dry_run: bool,
+    num_images: int | None,
+    num_classes: int | None,
+    memory_gib: float | None,
+    disk_gib: float | None,
+    as_json: bool,
+    run_config: RunConfig,
 ) -> None:
     """From a folder of images to a tested classifier: ingest, train, fine-tune, evaluate, export.
 
@@ -58,6 +95,19 @@ def run(
     of <class>/*.jpg, which is split into three. Every number that you don't choose is chosen from your data,
     and the report says why. This runs the very pipeline that `kubegraft compile` writes for Kubeflow.
     """
+    if dry_run:
+        _dry_run(run_config, output, num_images, num_classes, memory_gib, disk_gib, as_json=as_json)
+        return
+    for name, value in (
+        ("num_images", num_images),
+        ("num_classes", num_classes),
+        ("memory_gib", memory_gib),
+        ("disk_gib", disk_gib),
+    ):
+        if value is not None:
+            raise ConfigError(
+                f"`{name}` is for --dry-run only. Received: {name}={value!r}. Add --dry-run, or leave it out."
+            )
     from kubegraft.local_run import run_locally
 
     summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri, if_changed=if_changed)
@@ -67,6 +117,77 @@ def run(
         print_facts([("nothing to do", summary["skipped"]), ("report", summary["report"])])
     else:
         _show(summary)
+
+
+def _dry_run(
+    run_config: RunConfig,
+    output: str,
+    num_images: int | None,
+    num_classes: int | None,
+    memory_gib: float | None,
+    disk_gib: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    from kubegraft.run_plan import plan_run
+
+    with stdout_to_stderr():
+        plan = plan_run(
+            run_config,
+            Path(output),
+            num_images=num_images,
+            num_classes=num_classes or 10,
+            memory_bytes=int(memory_gib * 2**30) if memory_gib else None,
+            disk_bytes=int(disk_gib * 2**30) if disk_gib else None,
+        )
+    if as_json:
+        print_json(plan)
+    else:
+        _show_plan(plan)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    from kubegraft.activation_plan import shown_bytes
+
+    images, tuned = plan["images"], plan["fine_tune"]
+    trials = " then ".join(map(str, tuned["trials"]))
+    print_facts(
+        [
+            ("images", ", ".join(f"{number:,} {split}" for split, number in images.items())),
+            ("classes", str(plan["num_classes"])),
+            *([("shards", shown_bytes(plan["image_bytes"]))] if plan["image_bytes"] else []),
+            (
+                "machine",
+                f"{shown_bytes(plan['memory_bytes'])} of memory, {shown_bytes(plan['free_disk_bytes'])} free on disk",
+            ),
+            ("backbone", f"{plan['backbone']} at {plan['input_size']} pixels"),
+            ("pooled features", f"{shown_bytes(plan['pooled_features_bytes'])} on disk, for the head"),
+            ("fine-tuning", f"{tuned['way']}: {tuned['reason']}"),
+            (
+                "blocks tried",
+                f"{trials}, while they pay on validation" if len(tuned["trials"]) > 1 else trials,
+            ),
+            ("views", f"{tuned['num_views']} of each training image ({plan['augmentation']})"),
+            ("epochs", f"at most {tuned['num_epochs']} a trial"),
+            ("activations", f"{shown_bytes(tuned['disk_bytes'])} on disk at most"),
+        ]
+    )
+    click.echo()
+    print_table(
+        ("blocks", "activations of an image", "bytes", "one view", "all views", "fits"),
+        [
+            (
+                str(row["num_blocks"]),
+                str(row["activations"]),
+                f"{row['bytes_an_image']:,}",
+                shown_bytes(row["bytes_one_view"]),
+                shown_bytes(row["bytes_all_views"]),
+                str(row["fits"]),
+            )
+            for row in plan["cuts"]
+        ],
+        right=(0, 2, 3, 4),
+    )
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -127,6 +127,7 @@ class SplitReader:
     Attributes:
         split: Name of the split.
         labels: `int32[n]`, the class of each image, in `[0, len(manifest.classes))`.
+        digests: `uint8[n, 32]`, SHA-256 of the bytes of each image.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str], manifest: Manifest, split: str) -> None:
@@ -151,7 +152,7 @@ class SplitReader:
         self._shards = manifest.splits[split].shards
         num_images = manifest.splits[split].num_images
         self._index = self._array(f"{split}.index.npy", np.int64, (num_images, 4))
-        self._digests = self._array(f"{split}.sha256.npy", np.uint8, (num_images, 32))
+        self.digests = self._array(f"{split}.sha256.npy", np.uint8, (num_images, 32))
         self.labels = np.ascontiguousarray(self._index[:, 3]).astype(np.int32)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -186,7 +187,7 @@ class SplitReader:
             raise IndexError(f"index must be in [0, {len(self)}). Received: index={index}")
         number, offset, length, _ = map(int, self._index[index])
         encoded = os.pread(self._descriptor(number), length, offset)
-        if hashlib.sha256(encoded).digest() != self._digests[index].tobytes():
+        if hashlib.sha256(encoded).digest() != self.digests[index].tobytes():
             raise DataError(
                 f"`{self._dir / self._shards[number]}` is damaged: the bytes of image {index} of the "
                 f"{self.split} split don't have the digest that ingest recorded. Received: {len(encoded)} of "

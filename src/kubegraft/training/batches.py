@@ -25,6 +25,7 @@ class EpochBatches:
         real: `float32`, 1 for a real example and 0 for padding.
         position: `int32`, place in the global batch; keys the dropout masks.
         key: `int32`, key of the example's augmentation in this epoch.
+        epoch: Number of the epoch, from 0.
     """
 
     index: np.ndarray
@@ -34,6 +35,7 @@ class EpochBatches:
     real: np.ndarray
     position: np.ndarray
     key: np.ndarray
+    epoch: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -85,6 +87,7 @@ def epoch_batches(
         real=real,
         position=np.broadcast_to(np.arange(batch_size, dtype=np.int32), shape),
         key=keys[filled].reshape(shape),
+        epoch=epoch,
     )
 
 

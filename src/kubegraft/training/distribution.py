@@ -31,6 +31,11 @@ def make_strategy(devices: Sequence[str] | None = None) -> Any:
     return tf.distribute.MirroredStrategy(names)
 
 
+def has_gpu() -> bool:
+    """Return whether a GPU trains."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def divisible_batch_size(batch_size: int, num_replicas: int) -> int:
     """Return the smallest batch size from `batch_size` on that gives every replica the same number of images."""
     return -(-batch_size // num_replicas) * num_replicas

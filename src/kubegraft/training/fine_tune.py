@@ -1,8 +1,13 @@
-"""Stage `fine_tune`: the last blocks of the backbone trained further, never to a worse model."""
+"""Stage `fine_tune`: the last blocks of the backbone trained further, never to a worse model.
+
+Where the plan allows it (`kubegraft.activation_plan`), the frozen blocks run once for each image and view, and
+only what is behind the cut trains, from kept activations; else the whole graph runs in every epoch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,18 +15,22 @@ from typing import Any
 
 from kubegraft import tensorflow_setup
 from kubegraft.accelerators import require_accelerators
+from kubegraft.activation_plan import ActivationPlan, Cut, Limits, plan_activations
 from kubegraft.config import FineTuneConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
 from kubegraft.errors import ModelError
+from kubegraft.machine_limits import free_disk_bytes, usable_memory_bytes
 from kubegraft.modeling.backbones import get_backbone
 from kubegraft.modeling.classifier import load_classifier, parts
 from kubegraft.modeling.freezing import rate_multipliers, unfreeze_last_blocks
-from kubegraft.recipes import resolve_fine_tune
+from kubegraft.modeling.splitting import boundary_of
+from kubegraft.recipes import Choice, fine_tune_wish, resolve_fine_tune
 from kubegraft.reporting.events import log_event
-from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
-from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
-from kubegraft.training.loop import History, train
+from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage, write_atomically
+from kubegraft.training.block_trials import Trial, reason_of, try_depths
+from kubegraft.training.distribution import divisible_batch_size, has_gpu, make_strategy, precision_policy
+from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import (
     HEAD_HISTORY_FILE,
     HISTORY_FILE,
@@ -31,8 +40,9 @@ from kubegraft.training.outputs import (
     write_model,
 )
 from kubegraft.training.plans import loop_config, transforms_of
-from kubegraft.training.sources import ImageSource
-from kubegraft.training.trainables import HeadOnBackbone
+from kubegraft.training.sources import ImageSource, Source
+from kubegraft.training.suffix_data import SuffixData
+from kubegraft.training.trainables import HeadOnBackbone, HeadOnSuffix
 
 
 def fine_tune(
@@ -43,6 +53,7 @@ def fine_tune(
 ) -> StageResult:
     """Train the last blocks of the backbone with its head, at lower rates the earlier the block.
 
+    Where the number of blocks is open, deeper cuts are tried while they pay on validation.
     Batch norm stays frozen with its statistics. The epoch that is best on validation is kept; if none
     beats the model that came in, that model is what comes out, and `kept` in the metadata says so.
 
@@ -101,69 +112,151 @@ class _FineTuning:
         self.backbone.check_num_blocks(resolved.num_blocks)
         batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
         self.config = dataclasses.replace(resolved, batch_size=batch_size)
+        self.wish = fine_tune_wish(config, resolved, manifest.facts, self.backbone.num_blocks)
+        self.plan = self._plan()
+        self.choices += plan_choices(self.plan, self.config.augmentation)
         for choice in self.choices:
             log_event("fine_tune", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        self.start = self.model.get_weights()
+        self.suffix_data = SuffixData(self.strategy, self.model, self.backbone, self.plan, workspace.scratch)
 
     def run(self) -> Outcome:
-        unfreeze_last_blocks(self.model, self.backbone, self.config.num_blocks)
-        frozen_variables = parts(self.model).backbone.non_trainable_variables
-        frozen = digest_of_variables(frozen_variables)
-        history = self._train()
-        require_unmoved(frozen, frozen_variables)
-        kept = "fine_tuned" if history.best_epoch >= 0 else "head"
+        best, trials = try_depths(self.plan.trials, self._try, self.config.time_budget_seconds)
+        self._use(best)
+        if len(self.plan.trials) > 1:
+            reason = reason_of(best, trials, self.plan.trials)
+            log_event("fine_tune", "choice", name="num_blocks", value=best.num_blocks, reason=reason)
+            self.choices = tuple(
+                Choice("num_blocks", best.num_blocks, reason) if choice.name == "num_blocks" else choice
+                for choice in self.choices
+            )
+        kept = "fine_tuned" if best.history.best_epoch >= 0 else "head"
         if kept == "head":
             log_event("fine_tune", "kept the model that came in", reason="no epoch beat it on validation")
-        outcome = self._write(history, kept)
+        outcome = self._write(best, trials, kept)
         shutil.copyfile(self.model_dir / HISTORY_FILE, self.workspace.staging / HEAD_HISTORY_FILE)
         return outcome
 
-    def _train(self) -> History:
-        transforms, mixup_alpha = transforms_of(self.config.augmentation)
+    def _plan(self) -> ActivationPlan:
+        """Return the plan; an interrupted call's own is kept to, whatever is free now that its files are there."""
+        path = self.workspace.scratch / "plan.json"
+        if path.exists():
+            kept = json.loads(path.read_text())
+            return ActivationPlan(**{**kept, "trials": tuple(kept["trials"])})
+        core = parts(self.model).backbone
+        boundaries = [
+            boundary_of(core, self.backbone, number) for number in range(1, self.backbone.num_blocks)
+        ]
+        cuts = [Cut(each.num_blocks, each.row_bytes, each.shown) for each in boundaries]
+        limits = Limits(
+            usable_memory_bytes(),
+            free_disk_bytes(self.workspace.scratch),
+            has_gpu=has_gpu(),
+        )
+        plan = plan_activations(self.wish, cuts, limits)
+        write_atomically(path, json.dumps(dataclasses.asdict(plan)))
+        return plan
+
+    def _try(self, num_blocks: int, seconds_left: float) -> Trial:
+        """Train with so many blocks unfrozen, from the model that came in."""
+        self.model.set_weights(self.start)
+        unfreeze_last_blocks(self.model, self.backbone, num_blocks)
+        frozen_variables = parts(self.model).backbone.non_trainable_variables
+        frozen = digest_of_variables(frozen_variables)
+        multipliers = rate_multipliers(self.model, self.backbone, num_blocks, self.config.rate_decay)
+        by_path = {
+            v.path: factor for v, factor in zip(self.model.trainable_variables, multipliers, strict=True)
+        }
+        trainable, sources = self._way(num_blocks, by_path)
+        checkpoint = self.workspace.scratch / f"last-{num_blocks}.ckpt"
+        history = train(
+            self.strategy, trainable, sources, self._loop_config(num_blocks, seconds_left), checkpoint
+        )
+        require_unmoved(frozen, frozen_variables)
+        self.suffix_data.forget(num_blocks)
+        return Trial(num_blocks, history, self.model.get_weights())
+
+    def _use(self, trial: Trial) -> None:
+        self.model.set_weights(trial.weights)
+        unfreeze_last_blocks(self.model, self.backbone, trial.num_blocks)
+        self.config = dataclasses.replace(self.config, num_blocks=trial.num_blocks)
+
+    def _way(
+        self, num_blocks: int, multipliers: dict[str, float]
+    ) -> tuple[HeadOnSuffix | HeadOnBackbone, tuple[Source, Source]]:
+        transforms, _ = transforms_of(self.config.augmentation)
+        batch_size = self.config.batch_size
+        if self.plan.way != "activations":
+            whole = HeadOnBackbone(parts(self.model), batch_size, multipliers)
+            return whole, (self._images("train", transforms), self._images("validation"))
+        images = (
+            self._images("train", transforms, self.plan.num_views),
+            self._images("validation", num_views=1),
+        )
+        split, sources = self.suffix_data.sources(num_blocks, images)
+        return HeadOnSuffix(parts(self.model), split, batch_size, multipliers), sources
+
+    def _loop_config(self, num_blocks: int, seconds_left: float) -> LoopConfig:
         plan = loop_config(
             self.config,
             self.manifest,
             phase="fine_tune",
             warmup_fraction=self.config.warmup_fraction,
-            mixup_alpha=mixup_alpha,
+            mixup_alpha=transforms_of(self.config.augmentation)[1],
         )
-        if not self.config.num_blocks:
-            plan = dataclasses.replace(plan, num_epochs=0)
-        multipliers = rate_multipliers(
-            self.model, self.backbone, self.config.num_blocks, self.config.rate_decay
-        )
-        trainable = HeadOnBackbone(
-            parts(self.model),
-            self.config.batch_size,
-            {v.path: factor for v, factor in zip(self.model.trainable_variables, multipliers, strict=True)},
-        )
-        sources = (self._images("train", transforms), self._images("validation", ()))
-        return train(self.strategy, trainable, sources, plan, self.workspace.scratch / "last.ckpt")
+        num_epochs = plan.num_epochs if num_blocks else 0
+        return dataclasses.replace(plan, num_epochs=num_epochs, time_budget_seconds=seconds_left)
 
-    def _images(self, split: str, transforms: tuple[str, ...]) -> ImageSource:
+    def _images(self, split: str, transforms: tuple[str, ...] = (), num_views: int = 0) -> ImageSource:
         reader = SplitReader(self.dataset_dir, self.manifest, split)
-        return ImageSource(reader, self.metadata["input_size"], transforms, self.config.augmentation_strength)
+        strength = self.config.augmentation_strength
+        return ImageSource(reader, self.metadata["input_size"], transforms, strength, num_views)
 
-    def _write(self, history: History, kept: str) -> Outcome:
+    def _write(self, best: Trial, trials: list[dict[str, Any]], kept: str) -> Outcome:
         facts: dict[str, Any] = {
             "backbone": self.backbone.name,
             **{name: self.metadata[name] for name in ("weights", "weights_digest", "input_size", "head")},
             "head_config": self.metadata["config"],
-            "num_unfrozen_blocks": self.config.num_blocks,
+            "num_unfrozen_blocks": best.num_blocks,
+            "trials": trials,
+            "frozen_blocks": self.plan.way,
+            "num_views": self.plan.num_views,
             "kept": kept,
             "parent_digest": self.metadata["model_digest"],
-            "baseline": history.start,
+            "baseline": best.history.start,
             "head_choices": self.metadata["choices"],
         }
         return write_model(
             self.workspace.staging,
             self.model,
             self.manifest,
-            history,
+            best.history,
             self.config,
             phase="fine_tune",
             choices=self.choices,
             facts=facts,
         )
+
+
+def plan_choices(plan: ActivationPlan, augmentation: str) -> tuple[Choice, ...]:
+    """Return what the plan says about the frozen blocks and the augmentation, as the report shows it."""
+    transforms, mixup_alpha = transforms_of(augmentation)
+    shown, why = (
+        f"{plan.num_views} cached views",
+        "each epoch takes another view of an image, whose activations are kept",
+    )
+    if plan.way != "activations":
+        shown, why = "full graph", "each epoch draws new variants, which pass the frozen blocks"
+    elif plan.num_views == 1:
+        shown, why = "one view", "the image as it is, whose activations are kept"
+    if plan.way == "features only" or not (transforms or mixup_alpha or plan.way == "activations"):
+        shown, why = "none", "images are not varied"
+    way = {
+        "activations": "computed once",
+        "full graph": "run in every epoch",
+        "features only": "not trained",
+    }[plan.way]
+    return Choice("frozen_blocks", way, plan.reason), Choice("augmentation_views", shown, why)
 
 
 def _require_same_classes(model_classes: list[str], dataset_classes: tuple[str, ...]) -> None:

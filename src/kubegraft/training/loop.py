@@ -217,7 +217,7 @@ class _Run:
             "learning_rate": float(self.optimizer.learning_rate.numpy()),
         }
         self.history.epochs.append({name: float(value) for name, value in result.items()})
-        if _rank(result) > _rank(self.history.best):
+        if rank(result) > rank(self.history.best):
             self.history.best_epoch = self.epoch
             self._keep_best()
         self.elapsed_seconds += time.monotonic() - started
@@ -321,7 +321,8 @@ class _Run:
         return True
 
 
-def _rank(result: dict[str, float]) -> tuple[float, float]:
+def rank(result: dict[str, float]) -> tuple[float, float]:
+    """Return what validation results are compared by: accuracy, then loss."""
     loss = result["validation_loss"]
     return result["validation_accuracy"], -loss if math.isfinite(loss) else -math.inf
 

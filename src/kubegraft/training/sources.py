@@ -76,43 +76,66 @@ class ImageSource:
         input_size: Side of the square that images are resized to, in pixels.
         transforms: Names of the random transforms, without mixup; empty for none.
         strength: Strength of the transforms, in [0, 1].
+        num_views: 0 for images that are varied anew in every epoch. Otherwise each of so many views of an image is
+            an example of its own, all first views before all second ones: the first is the image as it is, and
+            each other a pure function of the image's bytes, the view's number and the transforms.
     """
 
     reader: SplitReader
     input_size: int
     transforms: Sequence[str] = ()
     strength: float = 0.5
+    num_views: int = 0
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels of the split, `int32[num_examples]`."""
-        return self.reader.labels
+        """Labels of the examples, `int32[num_examples]`."""
+        labels = self.reader.labels
+        return np.tile(labels, self.num_views) if self.num_views else labels
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         """Return batches of images, `float32[batch_size, input_size, input_size, 3]` in [0, 255]."""
-        arrays = (batches.index, batches.partner, batches.share, batches.key)
-        parts = tuple(array[rows, columns].reshape(-1) for array in arrays)
-        mixes = bool(np.any(batches.share != 1))
+        index, partner, share, key = (
+            array[rows, columns].reshape(-1)
+            for array in (batches.index, batches.partner, batches.share, batches.key)
+        )
+        mixes = bool(np.any(share != 1))
+        views, index, partner = self._seen(index, partner)
+        seeds = self.reader.digests[index, :8].view("<i4") if self.num_views else np.stack([key, 0 * key], 1)
 
-        def load(index: Any, partner: Any, share: Any, key: Any) -> Any:
-            image = self._image(index, key, 0)
+        def load(index: Any, partner: Any, share: Any, seed: Any, view: Any) -> Any:
+            image = self._image(index, seed, view)
             if mixes:
-                image = share * image + (1 - share) * self._image(partner, key, 1)
+                image = share * image + (1 - share) * self._image(partner, seed + tf.constant([0, 1]), view)
             return image
 
         return (
-            tf.data.Dataset.from_tensor_slices(parts)
+            tf.data.Dataset.from_tensor_slices((index, partner, share, seeds.astype(np.int32), views))
             .map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
             .batch(batch_size, drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
         )
 
-    def _image(self, index: Any, key: Any, salt: int) -> Any:
+    def _seen(self, index: np.ndarray, partner: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the view of each example, and the numbers of its image and its partner's in the split."""
+        if not self.num_views:
+            return np.zeros(len(index), np.int32), index, partner
+        num_images = len(self.reader.labels)
+        return (index // num_images).astype(np.int32), index % num_images, partner % num_images
+
+    def _image(self, index: Any, seed: Any, view: Any) -> Any:
         encoded = tf.numpy_function(self.reader.read, [index], tf.string)
         image = resize(decode_any(tf.ensure_shape(encoded, ())), self.input_size)
-        if not self.transforms:
+        if not self.transforms or self.num_views == 1:
             return image
-        return augment_image(image, tf.stack([key, salt]), tuple(self.transforms), self.strength)
+        if not self.num_views:
+            return augment_image(image, seed, tuple(self.transforms), self.strength)
+        of_view = tf.random.experimental.stateless_fold_in(seed, view)
+        return tf.cond(
+            view > 0,
+            lambda: augment_image(image, of_view, tuple(self.transforms), self.strength),
+            lambda: image,
+        )
 
 
 def resize(image: Any, size: int) -> Any:

@@ -1,4 +1,4 @@
-"""What the loop can train: a head on pooled features, or a head with the last blocks of its backbone."""
+"""What the loop can train: a head on features, or with the last blocks of its backbone, whole or from a cut on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
+from kubegraft.errors import ModelError
+
 if TYPE_CHECKING:
     from kubegraft.modeling.classifier import ClassifierParts, HeadParts
+    from kubegraft.modeling.splitting import SplitBackbone
 
 
 class HeadOnFeatures:
@@ -81,6 +84,55 @@ class HeadOnBackbone:
     def pooled(self, inputs: Any) -> Any:
         """Return pooled features `float32[batch, dim]` of images `float32[batch, size, size, 3]`."""
         return self._parts.pool(self._parts.backbone(inputs, training=False))
+
+
+class HeadOnSuffix:
+    """The head and the blocks behind a cut; its inputs are boundary activations, `[batch, boundary.row_length]`.
+
+    The same variables, rates, dropout masks and inference mode as `HeadOnBackbone` has with the blocks before
+    the cut frozen, so that both take the same steps.
+    """
+
+    def __init__(
+        self,
+        parts: ClassifierParts,
+        split: SplitBackbone,
+        batch_size: int,
+        multipliers: dict[str, float] | None = None,
+    ) -> None:
+        """Take the trainable variables behind the cut as they are now.
+
+        Args:
+            parts: Parts of the classifier.
+            split: Its backbone, cut.
+            batch_size: Global batch size, over all replicas.
+            multipliers: Variable path -> factor on the learning rate; 1 where it is missing.
+        """
+        self._whole = HeadOnBackbone(parts, batch_size, multipliers)
+        self._head = HeadOnFeatures(parts, batch_size)
+        self._pool, self._split = parts.pool, split
+        self.variables = self._whole.variables
+        self.rate_multipliers = self._whole.rate_multipliers
+        self.state = self._whole.state
+        behind = {id(variable) for variable in split.suffix.variables}
+        ahead = [v.path for v in parts.backbone.trainable_variables if id(v) not in behind]
+        if ahead:
+            raise ModelError(
+                f"`split` must leave every trainable variable behind its cut. Received: {ahead[0]!r} before it. "
+                "Cut before the first unfrozen block."
+            )
+
+    def train_logits(self, inputs: Any, position: Any, seed: Any) -> Any:
+        """Return logits in training mode; see `loop.Trainable`."""
+        return self._head.train_logits(self.pooled(inputs), position, seed)
+
+    def logits(self, inputs: Any) -> Any:
+        """Return logits in inference mode; see `loop.Trainable`."""
+        return self._head.logits(self.pooled(inputs))
+
+    def pooled(self, inputs: Any) -> Any:
+        """Return pooled features `float32[batch, dim]` of boundary activations."""
+        return self._pool(self._split.feature_map(inputs))
 
 
 def _dropout(inputs: Any, rate: float, position: Any, seed: Any, batch_size: int) -> Any:

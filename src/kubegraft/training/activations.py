@@ -1,0 +1,142 @@
+"""Boundary activations: what the frozen blocks make of each image and view, computed once and trained from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import tensorflow as tf
+
+from kubegraft.modeling.splitting import Boundary, SplitBackbone
+from kubegraft.training.batches import EpochBatches
+from kubegraft.training.features import extract_rows
+from kubegraft.training.sources import ImageSource, Source
+
+# A forward pass gains nothing from larger batches on a CPU, and its memory grows with them.
+_FORWARD_BATCH: Final = 32
+
+
+class ActivationSource:
+    """Examples of one split as boundary activations, of one view or of several in turn.
+
+    In epoch e an image is seen in view (number of the image + e) modulo the number of views: each epoch mixes
+    all views, and each image comes round to each of its own.
+    """
+
+    def __init__(
+        self, labels: np.ndarray, boundary: Boundary, num_views: int, rows: Callable[[], np.ndarray]
+    ) -> None:
+        """Take where the activations come from; nothing is computed before they are asked for.
+
+        Args:
+            labels: `int32[num_examples]`.
+            boundary: What the activations are.
+            num_views: Views of each image, at least 1.
+            rows: Returns `[num_views * num_examples, boundary.row_length]`, all first views before all second ones;
+                may be memory-mapped. bfloat16 comes as its bits, uint16.
+        """
+        self.labels = labels
+        self._boundary, self._num_views, self._make_rows = boundary, num_views, rows
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The activations, computed now if they are not yet; see `__init__`."""
+        return self._make_rows()
+
+    def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
+        """Return batches of activations, `[batch_size, boundary.row_length]`; see `sources.Source`."""
+        index = batches.index[rows, columns].reshape(-1, batch_size)
+        view = (index + batches.epoch) % self._num_views
+        kept = self.rows
+        stored = tf.as_dtype(kept.dtype)
+
+        def gather(wanted: np.ndarray) -> np.ndarray:
+            return kept.take(wanted, axis=0)
+
+        def load(wanted: Any) -> Any:
+            found = tf.numpy_function(gather, [wanted], stored, stateful=False)
+            if self._boundary.dtype == "bfloat16":
+                found = tf.bitcast(found, tf.bfloat16)
+            return tf.ensure_shape(found, (batch_size, self._boundary.row_length))
+
+        wanted = view * len(self.labels) + index
+        return tf.data.Dataset.from_tensor_slices(wanted).map(load).prefetch(2)
+
+
+def image_activations(
+    strategy: Any, split: SplitBackbone, images: ImageSource, path: Path
+) -> ActivationSource:
+    """Return the activations of a split's images, and of each view if `images` has several.
+
+    Args:
+        strategy: A `tf.distribute` strategy.
+        split: The backbone, cut; what is before the cut is frozen.
+        images: The split, in views.
+        path: File that keeps the activations.
+    """
+    return _kept(
+        strategy,
+        split.activations,
+        images,
+        split.boundary,
+        path,
+        images.reader.labels,
+        max(images.num_views, 1),
+    )
+
+
+def later_activations(
+    strategy: Any,
+    convert: Callable[[Any], Any],
+    deep: ActivationSource,
+    boundary: Boundary,
+    path: Path,
+) -> ActivationSource:
+    """Return the activations at a shallower cut, computed from those at a deeper one.
+
+    Args:
+        strategy: A `tf.distribute` strategy.
+        convert: Rows at the deeper cut to rows at the shallower one; see `splitting.between`.
+        deep: Activations at the deeper cut.
+        boundary: What crosses the shallower cut.
+        path: File that keeps the activations.
+    """
+    return _kept(strategy, convert, _AllRows(deep), boundary, path, deep.labels, deep._num_views)
+
+
+class _AllRows:
+    """Every row of an `ActivationSource`, each view an example of its own."""
+
+    def __init__(self, deep: ActivationSource) -> None:
+        self.labels = np.tile(deep.labels, deep._num_views)
+        self._flat = ActivationSource(self.labels, deep._boundary, 1, lambda: deep.rows)
+
+    def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
+        return self._flat.inputs(batches, rows, columns, batch_size)
+
+
+def _kept(
+    strategy: Any,
+    forward: Callable[[Any], Any],
+    source: Source,
+    boundary: Boundary,
+    path: Path,
+    labels: np.ndarray,
+    num_views: int,
+) -> ActivationSource:
+    replicas = strategy.num_replicas_in_sync
+    rows = functools.partial(
+        extract_rows,
+        strategy,
+        forward,
+        source,
+        row_length=boundary.row_length,
+        batch_size=_FORWARD_BATCH * replicas,
+        path=path,
+        dtype=boundary.dtype,
+        phase="activations",
+    )
+    return ActivationSource(labels, boundary, num_views, rows)
