@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,18 +14,42 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.errors import Interrupted
+from kubegraft.modeling.engines import Forward, FrozenForward, choose_engine
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import write_atomically
 from kubegraft.training.batches import epoch_batches
 from kubegraft.training.sources import Source
 
 _SAVE_SECONDS: Final = 5.0
+# Real images to prove an engine with, and to time it.
+_NUM_SAMPLES: Final = 8
+
+
+def frozen_forward(strategy: Any, forward: Forward, source: Source) -> FrozenForward | Forward:
+    """Return how a frozen pass is best computed on this machine.
+
+    Args:
+        strategy: A `tf.distribute` strategy.
+        forward: Images `float32[batch, size, size, 3]` to rows `[batch, row_length]`.
+        source: Images; the first few prove that an engine answers like Keras.
+
+    Returns:
+        An engine for a CPU; `forward` itself for GPUs or several replicas, where TensorFlow computes it.
+    """
+    if strategy.num_replicas_in_sync > 1 or tf.config.list_logical_devices("GPU"):
+        log_event("engine", "tensorflow", reason=f"{strategy.num_replicas_in_sync} GPU or other replicas")
+        return forward
+    count = min(_NUM_SAMPLES, len(source.labels))
+    batches = epoch_batches(source.labels, batch_size=count, seed=0, epoch=0, shuffle=False)
+    images = next(iter(source.inputs(batches, slice(0, 1), slice(None), count)))
+    return choose_engine(forward, images.numpy())
 
 
 def extract_features(
     strategy: Any,
-    forward: Callable[[Any], Any],
+    forward: FrozenForward | Forward,
     source: Source,
     *,
     dim: int,
@@ -33,39 +59,48 @@ def extract_features(
 ) -> np.ndarray:
     """Return the features of every example of a split, computed once and kept in `directory`.
 
-    What an interrupted call had computed is kept and gone on from.
+    Images are read, decoded and resized while earlier ones are computed. What an interrupted call had computed
+    is kept and gone on from, by the same engine; another one starts anew.
 
     Args:
         strategy: A `tf.distribute` strategy; the batch is split over its replicas.
-        forward: Inputs `float32[batch, ...]` -> features `float32[batch, dim]`.
+        forward: What `frozen_forward` returned, or a function `float32[batch, ...]` -> `[batch, dim]` for
+            which an engine is chosen here.
         source: Inputs, in the order of the split.
         dim: Length of a feature vector.
-        batch_size: Global batch size; a multiple of the number of replicas.
+        batch_size: Global batch size; a multiple of the number of replicas. An engine has its own.
         directory: Where the features are kept.
         split: Name of the split.
 
     Returns:
         `float32[num_examples, dim]`, memory-mapped and read-only.
+
+    Raises:
+        Interrupted: If the process was asked to stop; what was computed is kept.
     """
     num_examples = len(source.labels)
-    path = directory / f"{split}-features.npy"
-    done_path = directory / f"{split}-features.done"
+    if not hasattr(forward, "digest"):
+        forward = frozen_forward(strategy, forward, source)
+    by_engine = hasattr(forward, "digest")
+    name = f"{split}-features-{forward.digest[:16]}" if by_engine else f"{split}-features"
+    batch_size = forward.batch_size if by_engine else batch_size
+    path, done_path = directory / f"{name}.npy", directory / f"{name}.done"
     num_done = int(done_path.read_text()) if done_path.exists() else 0
     done_steps = num_done // batch_size if num_done < num_examples else -(-num_examples // batch_size)
     if not num_done:
         np.lib.format.open_memmap(path, "w+", np.float32, (num_examples, dim)).flush()
     features = np.load(path, mmap_mode="r+")
     batches = epoch_batches(source.labels, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
-    compute = _compiled(strategy, forward)
+    computed = (_by_engine if by_engine else _on_replicas)(
+        strategy, forward, source, batches, batch_size, done_steps
+    )
     saved = time.monotonic()
     with stopping_gracefully(), Progress("features", total=num_examples, unit="images") as progress:
         progress.update(min(done_steps * batch_size, num_examples), split=split)
-        for step, batch in enumerate(
-            _distribute(strategy, source, batches, batch_size, done_steps), done_steps
-        ):
+        for step, made in enumerate(computed, done_steps):
             start = step * batch_size
             rows = features[start : start + batch_size]
-            rows[:] = compute(batch).numpy()[: len(rows)]
+            rows[:] = made[: len(rows)]
             progress.update(len(rows))
             stopping = stop_requested()
             if stopping or time.monotonic() - saved > _SAVE_SECONDS or step + 1 == batches.num_steps:
@@ -80,12 +115,52 @@ def extract_features(
     return kept
 
 
+def in_order(forward: FrozenForward, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the rows of batches in their order, computed by the engine's workers while later ones are decoded.
+
+    At most two batches more than there are workers are held at a time.
+
+    Args:
+        forward: The engine.
+        batches: `float32[batch, size, size, 3]` each; where they come from works in threads of its own.
+    """
+    waiting: collections.deque[Future[np.ndarray]] = collections.deque()
+    with ThreadPoolExecutor(forward.num_workers, thread_name_prefix="engine") as pool:
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(forward.forward, batch))
+                if len(waiting) > forward.num_workers + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def _save(features: np.memmap, path: Path, done_path: Path, num_done: int) -> None:
     """Make sure the features are on disk before the count that says so is."""
     features.flush()
     with path.open("rb") as file:
         os.fsync(file.fileno())
     write_atomically(done_path, str(num_done))
+
+
+def _by_engine(
+    _: Any, forward: Any, source: Source, batches: Any, batch_size: int, start_step: int
+) -> Iterable[np.ndarray]:
+    if start_step >= batches.num_steps:
+        return ()
+    inputs = source.inputs(batches, slice(start_step, None), slice(None), batch_size)
+    return in_order(forward, inputs.as_numpy_iterator())
+
+
+def _on_replicas(
+    strategy: Any, forward: Any, source: Source, batches: Any, batch_size: int, start_step: int
+) -> Iterable[np.ndarray]:
+    compute = _compiled(strategy, forward)
+    for batch in _distribute(strategy, source, batches, batch_size, start_step):
+        yield compute(batch).numpy()
 
 
 def _distribute(strategy: Any, source: Source, batches: Any, batch_size: int, start_step: int) -> Any:

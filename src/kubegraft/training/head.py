@@ -21,7 +21,7 @@ from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
-from kubegraft.training.features import extract_features
+from kubegraft.training.features import extract_features, frozen_forward
 from kubegraft.training.loop import History, train
 from kubegraft.training.outputs import digest_of_variables, require_images, require_unmoved, write_model
 from kubegraft.training.plans import loop_config, transforms_of
@@ -83,6 +83,7 @@ class _HeadTraining:
             workspace,
         )
         self.strategy = make_strategy()
+        self.forward: Any = None  # how the frozen pass is computed; chosen with the first images
         resolved, self.choices = resolve_head(
             config,
             manifest.facts,
@@ -153,10 +154,12 @@ class _HeadTraining:
 
     def _features(self, split: str, model_parts: ClassifierParts) -> FeatureSource:
         source = self._images(split)
-        forward = HeadOnBackbone(model_parts, self.config.batch_size).pooled
+        if self.forward is None:
+            pooled = HeadOnBackbone(model_parts, self.config.batch_size).pooled
+            self.forward = frozen_forward(self.strategy, pooled, source)
         features = extract_features(
             self.strategy,
-            forward,
+            self.forward,
             source,
             dim=int(model_parts.backbone.output_shape[-1]),
             batch_size=self.config.batch_size,
