@@ -81,9 +81,9 @@ def extract_features(
     num_examples = len(source.labels)
     if not hasattr(forward, "digest"):
         forward = frozen_forward(strategy, forward, source)
-    by_engine = hasattr(forward, "digest")
-    name = f"{split}-features-{forward.digest[:16]}" if by_engine else f"{split}-features"
-    batch_size = forward.batch_size if by_engine else batch_size
+    engine: Any = forward if hasattr(forward, "digest") else None
+    name = f"{split}-features-{engine.digest[:16]}" if engine else f"{split}-features"
+    batch_size = engine.batch_size if engine else batch_size
     path, done_path = directory / f"{name}.npy", directory / f"{name}.done"
     num_done = int(done_path.read_text()) if done_path.exists() else 0
     done_steps = num_done // batch_size if num_done < num_examples else -(-num_examples // batch_size)
@@ -91,7 +91,7 @@ def extract_features(
         np.lib.format.open_memmap(path, "w+", np.float32, (num_examples, dim)).flush()
     features = np.load(path, mmap_mode="r+")
     batches = epoch_batches(source.labels, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
-    computed = (_by_engine if by_engine else _on_replicas)(
+    computed = (_by_engine if engine else _on_replicas)(
         strategy, forward, source, batches, batch_size, done_steps
     )
     saved = time.monotonic()
