@@ -63,7 +63,8 @@ def measure(name: str, files: Files, size: int, seconds: float) -> None:
     start = time.perf_counter()
     engine = LiteRtForward(convert(graph), size)
     print(
-        f"{name} at {size} pixels, {usable_processors()} processors; LiteRT ready in {time.perf_counter() - start:.1f} s"
+        f"{name} at {size} pixels, {usable_processors()} processors; "
+        f"LiteRT ready in {time.perf_counter() - start:.1f} s"
     )
     source = ImageSource(files, size)  # type: ignore[arg-type]
     batches = epoch_batches(files.labels, batch_size=engine.batch_size, seed=0, epoch=0, shuffle=False)
