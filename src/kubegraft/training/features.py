@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -95,7 +96,11 @@ def extract_features(
         strategy, forward, source, batches, batch_size, done_steps
     )
     saved = time.monotonic()
-    with stopping_gracefully(), Progress("features", total=num_examples, unit="images") as progress:
+    with (
+        stopping_gracefully(),
+        contextlib.closing(computed),
+        Progress("features", total=num_examples, unit="images") as progress,
+    ):
         progress.update(min(done_steps * batch_size, num_examples), split=split)
         for step, made in enumerate(computed, done_steps):
             start = step * batch_size
@@ -148,16 +153,15 @@ def _save(features: np.memmap, path: Path, done_path: Path, num_done: int) -> No
 
 def _by_engine(
     _: Any, forward: Any, source: Source, batches: Any, batch_size: int, start_step: int
-) -> Iterable[np.ndarray]:
-    if start_step >= batches.num_steps:
-        return ()
-    inputs = source.inputs(batches, slice(start_step, None), slice(None), batch_size)
-    return in_order(forward, inputs.as_numpy_iterator())
+) -> Generator[np.ndarray, None, None]:
+    if start_step < batches.num_steps:
+        inputs = source.inputs(batches, slice(start_step, None), slice(None), batch_size)
+        yield from in_order(forward, inputs.as_numpy_iterator())
 
 
 def _on_replicas(
     strategy: Any, forward: Any, source: Source, batches: Any, batch_size: int, start_step: int
-) -> Iterable[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     compute = _compiled(strategy, forward)
     for batch in _distribute(strategy, source, batches, batch_size, start_step):
         yield compute(batch).numpy()
