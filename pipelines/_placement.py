@@ -26,6 +26,8 @@ def prepared(task: Any) -> Any:
     if claim := profile().work_claim:
         kubernetes.mount_pvc(task, claim, WORK_DIR)
         task.set_env_variable("KUBEGRAFT_WORK_DIR", WORK_DIR)
+        task.set_env_variable("KUBEGRAFT_CACHE", f"{WORK_DIR}/cache")
+        task.set_env_variable("KUBEGRAFT_CACHE_BUDGET", "auto")
     return task
 
 

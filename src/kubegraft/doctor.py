@@ -20,10 +20,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from kubegraft.config import HeadConfig
 from kubegraft.machine_limits import memory_limit_bytes
+from kubegraft.processors import cpu_limit, usable_processors
 
 Status = Literal["ok", "warn", "fail"]
 _NETWORK_SECONDS: Final = 2.0
@@ -40,7 +41,9 @@ _DEVICES_PROGRAM: Final = """
 import json, tensorflow as tf
 gpus = tf.config.list_physical_devices("GPU")
 details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-print(json.dumps([found.get("device_name", gpu.name) for gpu, found in zip(gpus, details)]))
+names = [found.get("device_name", gpu.name) for gpu, found in zip(gpus, details)]
+engine = getattr(getattr(tf, "lite", None), "Interpreter", None) is not None
+print(json.dumps({"gpus": names, "litert": engine, "version": tf.__version__}))
 """
 
 
@@ -153,18 +156,6 @@ def cpu_features(path: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
     return None
 
 
-def cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return how many processors the container's cgroup (v1 or v2) allows, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        allowed = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-        each = int((root / "cpu" / "cpu.cfs_period_us").read_text())
-        return allowed / each if allowed > 0 else None
-    return None
-
-
 def check_memory() -> Iterator[Check]:
     """Look at the memory that this process may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -191,17 +182,18 @@ def check_devices() -> Iterator[Check]:
             env=environment,
             check=True,
         )
-        gpus = json.loads(answer.stdout.splitlines()[-1])
+        found = json.loads(answer.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        found = f"TensorFlow did not start in {_TENSORFLOW_SECONDS:g} s"
-        yield Check("devices", "fail", found, "Look at the system's load and at its GPU driver.")
+        late = f"TensorFlow did not start in {_TENSORFLOW_SECONDS:g} s"
+        yield Check("devices", "fail", late, "Look at the system's load and at its GPU driver.")
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
         yield Check(
             "devices", "fail", f"TensorFlow does not start: {reason}", "pip install 'kubegraft[train]'"
         )
     else:
-        yield _devices(gpus)
+        yield _devices(found["gpus"])
+        yield _engine(found)
 
 
 def _devices(gpus: list[str]) -> Check:
@@ -213,6 +205,25 @@ def _devices(gpus: list[str]) -> Check:
         )
         return Check("devices", "warn", "CPU only, but there is an NVIDIA GPU", advice)
     return Check("devices", "ok", "CPU only")
+
+
+def _engine(found: dict[str, Any]) -> Check:
+    """Say what the frozen part of a backbone runs in; whether it pays is tried for each backbone, in the run."""
+    if found["gpus"]:
+        return Check("engine", "ok", f"TensorFlow {found['version']} on the GPU")
+    wanted = os.environ.get("KUBEGRAFT_ENGINE") or "auto"
+    if wanted == "keras":
+        return Check(
+            "engine", "ok", "Keras, as KUBEGRAFT_ENGINE says", "Unset it for LiteRT, if that is faster."
+        )
+    if found["litert"]:
+        return Check(
+            "engine", "ok", f"LiteRT of TensorFlow {found['version']}, {usable_processors()} threads"
+        )
+    advice = (
+        "Frozen passes take about twice as long. pip install 'kubegraft[train]' brings TensorFlow with it."
+    )
+    return Check("engine", "warn", f"Keras only: TensorFlow {found['version']} has no LiteRT", advice)
 
 
 def check_disk() -> Iterator[Check]:

@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """Hide what native code prints, unless the block fails; TensorFlow's start-up notes obey no log level."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as hidden, os.fdopen(os.dup(2), "wb") as kept:
@@ -30,7 +30,7 @@ def _quiet_stderr() -> Iterator[None]:
             os.dup2(kept.fileno(), 2)
 
 
-with _quiet_stderr():
+with quiet_stderr():
     import tensorflow as tf
 
 

@@ -163,7 +163,12 @@ def test_only_with_a_claim_does_work_outlive_its_pod(compiled, tmp_path, capsys)
     for name, container in containers(claimed).items():
         (mount,) = claimed["executors"][name]["pvcMount"]
         assert (mount["constant"], mount["mountPath"]) == ("results", "/workspace")
-        assert container["env"] == [{"name": WORK_DIR_VARIABLE, "value": "/workspace"}]
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert variables == {
+            WORK_DIR_VARIABLE: "/workspace",
+            "KUBEGRAFT_CACHE": "/workspace/cache",
+            "KUBEGRAFT_CACHE_BUDGET": "auto",
+        }
     text = (COMPILED_DIR / FILES["cpu"]).read_text()
     (tmp_path / "edited.yaml").write_text(PipelinePackage(text).with_work_claim("results").text)
     assert load(tmp_path / "edited.yaml") == claimed

@@ -17,8 +17,8 @@ Nothing here raises because of what is on the disk: a value that is missing, dam
 """
 
 from kubegraft.cache.feature_cache import Ensured, FeatureCache, Filled
-from kubegraft.cache.keys import image_key, image_keys, view_seeds
-from kubegraft.cache.location import BUDGET_VARIABLE, CACHE_VARIABLE, default_location
+from kubegraft.cache.keys import first_of_each, image_key, image_keys, view_seeds
+from kubegraft.cache.location import BUDGET_VARIABLE, CACHE_VARIABLE, OFF, OPEN_BUDGET, default_location
 from kubegraft.cache.reader import FeatureReader
 from kubegraft.cache.spaces import FeatureSpace
 from kubegraft.cache.writer import FeatureWriter
@@ -26,6 +26,8 @@ from kubegraft.cache.writer import FeatureWriter
 __all__ = [
     "BUDGET_VARIABLE",
     "CACHE_VARIABLE",
+    "OFF",
+    "OPEN_BUDGET",
     "Ensured",
     "FeatureCache",
     "FeatureReader",
@@ -33,6 +35,7 @@ __all__ = [
     "FeatureWriter",
     "Filled",
     "default_location",
+    "first_of_each",
     "image_key",
     "image_keys",
     "view_seeds",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kubegraft.cache.bucket import BucketMirror
 from kubegraft.cache.folder import SpaceFolder
-from kubegraft.cache.keys import Keys, Views, checked
+from kubegraft.cache.keys import Keys, Views, checked, first_of_each
 from kubegraft.cache.location import OFF, cache_home, default_budget, default_location
 from kubegraft.cache.reader import FeatureReader
 from kubegraft.cache.space_on_disk import DiskBudget, file_system_time_ns
@@ -148,7 +148,7 @@ class FeatureCache:
         keys, views = checked(keys, views)
         with self.reader(space) as reader:
             values, found = reader.read(keys, views, out)
-        missing, repeated, source = _first_of_each(keys, views, np.flatnonzero(~found))
+        missing, repeated, source = first_of_each(keys, views, np.flatnonzero(~found))
         if len(missing):
             with self.writer(space) as writer:
                 for part, batch in _computed(missing, compute):
@@ -177,7 +177,7 @@ class FeatureCache:
         keys, views = checked(keys, views)
         reader = self.reader(space)
         found = reader.verify(keys, views)
-        missing, _, _ = _first_of_each(keys, views, np.flatnonzero(~found))
+        missing, _, _ = first_of_each(keys, views, np.flatnonzero(~found))
         if len(missing):
             with self.writer(space) as writer:
                 for part, batch in _computed(missing, compute):
@@ -219,17 +219,6 @@ def _is_there(root: Path) -> bool:
             log_event("cache", "off", reason=reason, remedy="set KUBEGRAFT_CACHE or XDG_CACHE_HOME")
             return False
     return True
-
-
-def _first_of_each(
-    keys: Keys, views: Views, missing: NDArray[np.intp]
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """Return the indices to compute, those of repetitions, and for each of these the index it repeats."""
-    names = np.concatenate([keys[missing], views[missing, None].astype("<u4").view(np.uint8)], axis=1)
-    _, first, inverse = np.unique(names, axis=0, return_index=True, return_inverse=True)
-    origin = missing[first[inverse.reshape(-1)]]
-    repeated = origin != missing
-    return missing[~repeated], missing[repeated], origin[repeated]
 
 
 def _computed(missing: NDArray[np.intp], compute: Compute) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:

@@ -62,6 +62,23 @@ def checked(keys: Keys, views: int | Views) -> tuple[Keys, Views]:
     return keys, np.ascontiguousarray(np.broadcast_to(numbers.astype(np.uint32), len(keys)))
 
 
+def first_of_each(
+    keys: Keys, views: Views, indices: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Return which of `indices` name an image and view first, which repeat one, and for each of these which it repeats.
+
+    Args:
+        keys: `uint8[n, 32]`.
+        views: `uint32[n]`.
+        indices: `int[m]` in [0, n).
+    """
+    names = np.concatenate([keys[indices], views[indices, None].astype("<u4").view(np.uint8)], axis=1)
+    _, first, inverse = np.unique(names, axis=0, return_index=True, return_inverse=True)
+    origin = indices[first[inverse.reshape(-1)]]
+    repeated = origin != indices
+    return indices[~repeated], indices[repeated], origin[repeated]
+
+
 def view_seeds(keys: Keys, views: int | Views, augmentation: str) -> NDArray[np.int32]:
     """Return the seed of each view: it depends on the image, the view's number and the augmentation, on nothing else.
 

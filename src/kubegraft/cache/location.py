@@ -13,6 +13,7 @@ from kubegraft.errors import ConfigError
 CACHE_VARIABLE: Final = "KUBEGRAFT_CACHE"
 BUDGET_VARIABLE: Final = "KUBEGRAFT_CACHE_BUDGET"
 OFF: Final = "none"
+OPEN_BUDGET: Final = "auto"
 _UNITS: Final = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4} | {
     "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4,
 }  # fmt: skip
@@ -35,13 +36,13 @@ def default_location() -> str:
 
 
 def default_budget() -> int | None:
-    """Return the bytes that `$KUBEGRAFT_CACHE_BUDGET` allows, or None.
+    """Return the bytes that `$KUBEGRAFT_CACHE_BUDGET` allows, or None for `auto` and without it.
 
     Raises:
         ConfigError: If it is no number of bytes.
     """
     text = os.environ.get(BUDGET_VARIABLE, "")
-    return parse_bytes(BUDGET_VARIABLE, text) if text else None
+    return parse_bytes(BUDGET_VARIABLE, text) if text not in ("", OPEN_BUDGET) else None
 
 
 def parse_bytes(name: str, text: str) -> int:

@@ -46,7 +46,7 @@ _CACHE_FLAGS: Final = (
         "--cache-budget",
         "KUBEGRAFT_CACHE_BUDGET",
         "SIZE",
-        "Most that the cache may take on this machine, such as 20GiB.  [default: 50 GiB or a fifth of the disk]",
+        "Most that the cache may take on this machine, such as 20GiB.  [default: auto, 50 GiB or a fifth of the disk]",
     ),
 )
 

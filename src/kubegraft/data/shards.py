@@ -128,6 +128,7 @@ class SplitReader:
         split: Name of the split.
         labels: `int32[n]`, the class of each image, in `[0, len(manifest.classes))`.
         digests: `uint8[n, 32]`, SHA-256 of the bytes of each image.
+        num_read: Images that were read so far, each time one was.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str], manifest: Manifest, split: str) -> None:
@@ -157,6 +158,7 @@ class SplitReader:
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         self._paths: tuple[str, ...] | None = None
+        self.num_read = 0
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -193,6 +195,8 @@ class SplitReader:
                 f"{self.split} split don't have the digest that ingest recorded. Received: {len(encoded)} of "
                 f"{length} bytes at offset {offset}. Ingest again, or restore the shard from a copy."
             )
+        with self._lock:
+            self.num_read += 1
         return encoded
 
     def close(self) -> None:

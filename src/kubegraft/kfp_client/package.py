@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kubegraft import __version__
+from kubegraft.cache import BUDGET_VARIABLE, CACHE_VARIABLE, OPEN_BUDGET
 from kubegraft.errors import ConfigError
 from kubegraft.local_run import COMPILED_FILES, find_checkout, import_from_checkout, packaged_pipeline
 from kubegraft.processes import WORK_DIR_VARIABLE
@@ -22,6 +23,11 @@ _IMAGE_LINE: Final = re.compile(r"^(\s+image: )(\S+)$", re.MULTILINE)
 _CLAIM: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _SELECTOR_DEFAULT: Final = re.compile(r"^(      node_selector:\n        defaultValue: )\{\}$", re.MULTILINE)
 _WORK_DIR: Final = "/workspace"  # as in pipelines/_profiles.py
+_ON_CLAIM: Final = {  # as in pipelines/_placement.py
+    WORK_DIR_VARIABLE: _WORK_DIR,
+    CACHE_VARIABLE: f"{_WORK_DIR}/cache",
+    BUDGET_VARIABLE: OPEN_BUDGET,
+}
 _CACHE_LINE: Final = re.compile(r"^(\s+cachingOptions:)\n\s+enableCache: true$", re.MULTILINE)
 
 
@@ -128,8 +134,9 @@ class PipelinePackage:
         spec, platform = yaml.safe_load_all(self.text)
         platforms = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
         for name, executor in spec["deploymentSpec"]["executors"].items():
-            variable = {"name": WORK_DIR_VARIABLE, "value": _WORK_DIR}
-            executor["container"].setdefault("env", []).append(variable)
+            executor["container"].setdefault("env", []).extend(
+                {"name": name, "value": value} for name, value in _ON_CLAIM.items()
+            )
             named = {"runtimeValue": {"constant": claim}}
             mount = {"mountPath": _WORK_DIR, "constant": claim, "pvcNameParameter": named}
             platforms[name].setdefault("pvcMount", []).append(mount)

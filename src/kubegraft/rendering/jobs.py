@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from kubegraft.accelerators import REQUIRE_VARIABLE
+from kubegraft.cache import BUDGET_VARIABLE, CACHE_VARIABLE, OPEN_BUDGET
 from kubegraft.config_file import to_yaml
 from kubegraft.errors import ConfigError, EnvironmentFault, KubegraftError
 from kubegraft.rendering.pods import (
@@ -184,7 +185,7 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
         "image": setting.image,
         "imagePullPolicy": "IfNotPresent",
         "args": ["run", "--config", f"{_CONFIG_DIR}/run.yaml", "--output", output, *flags],
-        "env": _variables(accelerators),
+        "env": _variables(setting, accelerators),
         "resources": _resources(setting, accelerators),
         "securityContext": container_security(),
         "volumeMounts": mounts,
@@ -208,12 +209,15 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
     return {"metadata": {"labels": labels("task", setting.name)}, "spec": spec}
 
 
-def _variables(accelerators: Accelerators) -> list[Manifest]:
+def _variables(setting: Setting, accelerators: Accelerators) -> list[Manifest]:
     field = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
     variables: list[Manifest] = [
         {"name": "KUBEGRAFT_LOG_FORMAT", "value": "json"},
         {"name": "KUBEGRAFT_RUN_NAME", "valueFrom": field},
     ]
+    if setting.claim:  # for later runs; a fifth of the volume, whatever its size
+        variables.append({"name": CACHE_VARIABLE, "value": f"{_WORK_DIR}/cache"})
+        variables.append({"name": BUDGET_VARIABLE, "value": OPEN_BUDGET})
     if accelerators.count:
         variables.append({"name": REQUIRE_VARIABLE, "value": str(accelerators.count)})
     return variables

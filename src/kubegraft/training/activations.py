@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from kubegraft.modeling.splitting import Boundary, SplitBackbone
+from kubegraft.modeling.splitting import Boundary
 from kubegraft.training.batches import EpochBatches
 from kubegraft.training.features import extract_rows
-from kubegraft.training.sources import ImageSource, Source
-
-# A forward pass gains nothing from larger batches on a CPU, and its memory grows with them.
-_FORWARD_BATCH: Final = 32
+from kubegraft.training.frozen_pass import FrozenPass
+from kubegraft.training.sources import ImageSource
 
 
 class ActivationSource:
@@ -67,25 +65,18 @@ class ActivationSource:
 
 
 def image_activations(
-    strategy: Any, split: SplitBackbone, images: ImageSource, path: Path
+    frozen_pass: FrozenPass, boundary: Boundary, images: ImageSource, path: Path
 ) -> ActivationSource:
     """Return the activations of a split's images, and of each view if `images` has several.
 
     Args:
-        strategy: A `tf.distribute` strategy.
-        split: The backbone, cut; what is before the cut is frozen.
+        frozen_pass: The blocks before the cut.
+        boundary: What crosses the cut.
         images: The split, in views.
         path: File that keeps the activations.
     """
-    return _kept(
-        strategy,
-        split.activations,
-        images,
-        split.boundary,
-        path,
-        images.reader.labels,
-        max(images.num_views, 1),
-    )
+    rows = functools.partial(frozen_pass.rows, images, path)
+    return ActivationSource(images.reader.labels, boundary, max(images.num_views, 1), rows)
 
 
 def later_activations(
@@ -104,7 +95,17 @@ def later_activations(
         boundary: What crosses the shallower cut.
         path: File that keeps the activations.
     """
-    return _kept(strategy, convert, _AllRows(deep), boundary, path, deep.labels, deep._num_views)
+    rows = functools.partial(
+        extract_rows,
+        strategy,
+        convert,
+        _AllRows(deep),
+        row_length=boundary.row_length,
+        path=path,
+        dtype=boundary.dtype,
+        phase="activations",
+    )
+    return ActivationSource(deep.labels, boundary, deep._num_views, rows)
 
 
 class _AllRows:
@@ -116,27 +117,3 @@ class _AllRows:
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         return self._flat.inputs(batches, rows, columns, batch_size)
-
-
-def _kept(
-    strategy: Any,
-    forward: Callable[[Any], Any],
-    source: Source,
-    boundary: Boundary,
-    path: Path,
-    labels: np.ndarray,
-    num_views: int,
-) -> ActivationSource:
-    replicas = strategy.num_replicas_in_sync
-    rows = functools.partial(
-        extract_rows,
-        strategy,
-        forward,
-        source,
-        row_length=boundary.row_length,
-        batch_size=_FORWARD_BATCH * replicas,
-        path=path,
-        dtype=boundary.dtype,
-        phase="activations",
-    )
-    return ActivationSource(labels, boundary, num_views, rows)

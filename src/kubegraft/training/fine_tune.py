@@ -16,6 +16,7 @@ from typing import Any
 from kubegraft import tensorflow_setup
 from kubegraft.accelerators import require_accelerators
 from kubegraft.activation_plan import ActivationPlan, Cut, Limits, plan_activations
+from kubegraft.cache import FeatureCache
 from kubegraft.config import FineTuneConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
@@ -30,6 +31,7 @@ from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage, write_atomically
 from kubegraft.training.block_trials import Trial, reason_of, try_depths
 from kubegraft.training.distribution import divisible_batch_size, has_gpu, make_strategy, precision_policy
+from kubegraft.training.frozen_pass import PassCounts
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import (
     HEAD_HISTORY_FILE,
@@ -37,6 +39,7 @@ from kubegraft.training.outputs import (
     digest_of_variables,
     require_images,
     require_unmoved,
+    work_of,
     write_model,
 )
 from kubegraft.training.plans import loop_config, transforms_of
@@ -118,7 +121,17 @@ class _FineTuning:
         for choice in self.choices:
             log_event("fine_tune", "choice", name=choice.name, value=choice.value, reason=choice.reason)
         self.start = self.model.get_weights()
-        self.suffix_data = SuffixData(self.strategy, self.model, self.backbone, self.plan, workspace.scratch)
+        self.counts, self.readers = PassCounts(), dict[str, SplitReader]()
+        self.suffix_data = SuffixData(
+            self.strategy,
+            self.model,
+            self.backbone,
+            self.plan,
+            workspace.scratch,
+            policy=precision_policy(config.mixed_precision),
+            cache=FeatureCache.open(),
+            counts=self.counts,
+        )
 
     def run(self) -> Outcome:
         best, trials = try_depths(self.plan.trials, self._try, self.config.time_budget_seconds)
@@ -208,9 +221,10 @@ class _FineTuning:
         return dataclasses.replace(plan, num_epochs=num_epochs, time_budget_seconds=seconds_left)
 
     def _images(self, split: str, transforms: tuple[str, ...] = (), num_views: int = 0) -> ImageSource:
-        reader = SplitReader(self.dataset_dir, self.manifest, split)
+        if split not in self.readers:
+            self.readers[split] = SplitReader(self.dataset_dir, self.manifest, split)
         strength = self.config.augmentation_strength
-        return ImageSource(reader, self.metadata["input_size"], transforms, strength, num_views)
+        return ImageSource(self.readers[split], self.metadata["input_size"], transforms, strength, num_views)
 
     def _write(self, best: Trial, trials: list[dict[str, Any]], kept: str) -> Outcome:
         facts: dict[str, Any] = {
@@ -235,6 +249,7 @@ class _FineTuning:
             phase="fine_tune",
             choices=self.choices,
             facts=facts,
+            work=work_of("fine_tune", self.counts, self.readers.values()),
         )
 
 

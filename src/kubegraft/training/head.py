@@ -10,6 +10,7 @@ import numpy as np
 
 from kubegraft import tensorflow_setup
 from kubegraft.accelerators import require_accelerators
+from kubegraft.cache import FeatureCache
 from kubegraft.config import AUTO, HeadConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
@@ -22,11 +23,17 @@ from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
-from kubegraft.training.features import extract_features
+from kubegraft.training.frozen_pass import FrozenPass, PassCounts
 from kubegraft.training.head_search import SearchData, search_head
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
 from kubegraft.training.loop import History, train
-from kubegraft.training.outputs import digest_of_variables, require_images, require_unmoved, write_model
+from kubegraft.training.outputs import (
+    digest_of_variables,
+    require_images,
+    require_unmoved,
+    work_of,
+    write_model,
+)
 from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
 from kubegraft.training.sources import FeatureSource, ImageSource
 from kubegraft.training.standardisation import feature_moments
@@ -92,6 +99,9 @@ class _HeadTraining:
             workspace,
         )
         self.strategy = make_strategy()
+        self.cache, self.counts = FeatureCache.open(), PassCounts()
+        self.readers: dict[str, SplitReader] = {}
+        self.frozen_pass: FrozenPass | None = None
         self.given = config
         self.config, self.choices = self._resolved(config)
         for choice in self.choices:
@@ -137,6 +147,7 @@ class _HeadTraining:
             phase="train_head",
             choices=self.choices,
             facts=facts,
+            work=work_of("train_head", self.counts, self.readers.values()),
         )
 
     def _built(self) -> Any:
@@ -227,22 +238,29 @@ class _HeadTraining:
         return history
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
-        reader = SplitReader(self.dataset_dir, self.manifest, split)
-        return ImageSource(reader, self.config.input_size, transforms, self.config.augmentation_strength)
+        if split not in self.readers:
+            self.readers[split] = SplitReader(self.dataset_dir, self.manifest, split)
+        strength = self.config.augmentation_strength
+        return ImageSource(self.readers[split], self.config.input_size, transforms, strength)
 
     def _features(self, split: str, model_parts: ClassifierParts) -> FeatureSource:
+        if self.frozen_pass is None:
+            self.frozen_pass = FrozenPass(
+                strategy=self.strategy,
+                network=model_parts.backbone,
+                forward=HeadOnBackbone(model_parts, self.config.batch_size).pooled,
+                kind="pooled",
+                row_length=int(model_parts.backbone.output_shape[-1]),
+                dtype="float32",
+                policy=precision_policy(self.config.mixed_precision),
+                backbone=self.backbone.name,
+                cache=self.cache,
+                counts=self.counts,
+            )
         source = self._images(split)
-        forward = HeadOnBackbone(model_parts, self.config.batch_size).pooled
-        features = extract_features(
-            self.strategy,
-            forward,
-            source,
-            dim=int(model_parts.backbone.output_shape[-1]),
-            batch_size=self.config.batch_size,
-            directory=self.workspace.scratch,
-            split=split,
+        return FeatureSource(
+            self.frozen_pass.rows(source, self.workspace.scratch / f"{split}-features.npy"), source.labels
         )
-        return FeatureSource(features, source.labels)
 
 
 def _with_hidden_layers(config: HeadConfig) -> HeadConfig:

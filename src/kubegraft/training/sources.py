@@ -94,12 +94,15 @@ class ImageSource:
         return np.tile(labels, self.num_views) if self.num_views else labels
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
-        """Return batches of images, `float32[batch_size, input_size, input_size, 3]` in [0, 255]."""
+        """Return batches of images, `float32[batch_size, input_size, input_size, 3]` in [0, 255].
+
+        Where the number of an example is -1 there is a black image, for which nothing is decoded.
+        """
         index, partner, share, key = (
             array[rows, columns].reshape(-1)
             for array in (batches.index, batches.partner, batches.share, batches.key)
         )
-        mixes = bool(np.any(share != 1))
+        mixes, absent = bool(np.any(share != 1)), index < 0
         views, index, partner = self._seen(index, partner)
         seeds = self.reader.digests[index, :8].view("<i4") if self.num_views else np.stack([key, 0 * key], 1)
 
@@ -109,9 +112,18 @@ class ImageSource:
                 image = share * image + (1 - share) * self._image(partner, seed + tf.constant([0, 1]), view)
             return image
 
+        def load_or_fill(absent: Any, *example: Any) -> Any:
+            black = tf.zeros((self.input_size, self.input_size, 3))
+            return tf.cond(absent, lambda: black, lambda: load(*example))
+
+        examples = (index, partner, share, seeds.astype(np.int32), views)
         return (
-            tf.data.Dataset.from_tensor_slices((index, partner, share, seeds.astype(np.int32), views))
-            .map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            tf.data.Dataset.from_tensor_slices((absent, *examples) if absent.any() else examples)
+            .map(
+                load_or_fill if absent.any() else load,
+                num_parallel_calls=tf.data.AUTOTUNE,
+                deterministic=True,
+            )
             .batch(batch_size, drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
         )

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from kubegraft.activation_plan import ActivationPlan
+from kubegraft.cache import OFF, FeatureCache
 from kubegraft.modeling.backbone import Backbone
 from kubegraft.modeling.classifier import parts
 from kubegraft.modeling.splitting import SplitBackbone, between, split_backbone
 from kubegraft.training.activations import ActivationSource, image_activations, later_activations
+from kubegraft.training.frozen_pass import FrozenPass, PassCounts
 from kubegraft.training.sources import ImageSource
 
 _SPLITS = ("train", "validation")
@@ -23,7 +25,16 @@ class SuffixData:
     """
 
     def __init__(
-        self, strategy: Any, model: Any, backbone: Backbone, plan: ActivationPlan, directory: Path
+        self,
+        strategy: Any,
+        model: Any,
+        backbone: Backbone,
+        plan: ActivationPlan,
+        directory: Path,
+        *,
+        policy: str = "float32",
+        cache: FeatureCache | None = None,
+        counts: PassCounts | None = None,
     ) -> None:
         """Take where the activations are computed and kept.
 
@@ -33,9 +44,14 @@ class SuffixData:
             backbone: Says where its blocks end.
             plan: Says which cuts are tried, and how many views are kept.
             directory: For the files.
+            policy: Keras dtype policy of `model`.
+            cache: Where the activations at the deepest cut are looked for and kept; None for nowhere.
+            counts: Is added to.
         """
         self._strategy, self._core, self._backbone = strategy, parts(model).backbone, backbone
         self._deepest, self._directory = plan.trials[-1], directory
+        self._policy = policy
+        self._cache, self._counts = cache or FeatureCache.open(OFF), counts or PassCounts()
         self._deep: dict[str, ActivationSource] = {}
 
     def sources(
@@ -50,10 +66,14 @@ class SuffixData:
             images: Training images in the plan's views, and validation images as they are.
         """
         deepest = split_backbone(self._core, self._backbone, self._deepest)
-        for split, source in zip(_SPLITS, images, strict=True):
-            if split not in self._deep:
-                path = self._path(split, self._deepest)
-                self._deep[split] = image_activations(self._strategy, deepest, source, path)
+        if not self._deep:
+            frozen_pass = self._frozen_pass(deepest)
+            self._deep = {
+                split: image_activations(
+                    frozen_pass, deepest.boundary, source, self._path(split, self._deepest)
+                )
+                for split, source in zip(_SPLITS, images, strict=True)
+            }
         if num_blocks == self._deepest:
             return deepest, (self._deep["train"], self._deep["validation"])
         wanted = split_backbone(self._core, self._backbone, num_blocks)
@@ -73,6 +93,23 @@ class SuffixData:
                 path = self._path(split, num_blocks)
                 path.with_suffix(".done").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
+
+    def _frozen_pass(self, split: SplitBackbone) -> FrozenPass:
+        block = self._backbone.blocks[self._backbone.num_blocks - self._deepest - 1]
+        return FrozenPass(
+            strategy=self._strategy,
+            network=split.prefix,
+            forward=split.activations,
+            kind=f"boundary:{block}",
+            row_length=split.boundary.row_length,
+            dtype=split.boundary.dtype,
+            policy=self._policy,
+            backbone=self._backbone.name,
+            cache=self._cache,
+            counts=self._counts,
+            all_or_nothing=True,
+            phase="activations",
+        )
 
     def _path(self, split: str, num_blocks: int) -> Path:
         return self._directory / f"{split}-{num_blocks}-blocks.npy"

@@ -1,0 +1,153 @@
+"""Which engine runs a frozen graph on this machine: proved equal first, then timed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import tensorflow as tf
+
+from kubegraft.errors import ConfigError, suggestion
+from kubegraft.modeling.engines.interface import (
+    TOLERANCE,
+    Forward,
+    FrozenForward,
+    FrozenGraph,
+    relative_difference,
+)
+from kubegraft.modeling.engines.keras_forward import KerasForward
+from kubegraft.modeling.engines.litert import LiteRtForward, convert
+from kubegraft.modeling.engines.verdicts import Verdict, Verdicts
+from kubegraft.reporting.events import log_event
+
+ENGINE_VARIABLE: Final = "KUBEGRAFT_ENGINE"
+ENGINES: Final = ("auto", "litert", "keras")
+_TRIAL_ROUNDS: Final = 3
+# Near parity timing is a coin's throw, and engines differ in the last bits; so only a clear loss counts.
+_LEAST_RATIO: Final = 0.9
+_LARGEST_FLATBUFFER_BYTES: Final = 2**31 - 2**20
+_NUM_NOISE_IMAGES: Final = 4
+
+
+def choose_engine(
+    forward: Forward,
+    images: Callable[[], np.ndarray],
+    input_size: int,
+    *,
+    engine: str = "",
+    verdicts: Verdicts | None = None,
+) -> FrozenForward:
+    """Return the engine for a frozen graph on this machine's processors, and say which and why.
+
+    LiteRT, if it converts the graph, answers `images` like Keras within `TOLERANCE`, and is not slower than
+    Keras by more than a tenth. Keras otherwise. What was found is kept for the next process.
+
+    Args:
+        forward: Images `float32[batch, size, size, 3]` in [0, 255] to rows `[batch, row_length]`, inference
+            mode. Its variables must not change while the engine is used.
+        images: Returns a few images to prove and time it with, `float32[num_images, input_size, input_size, 3]`.
+            Not called where the answer is known, so that a run that finds all rows in a cache decodes none.
+        input_size: Side of the images in pixels.
+        engine: `auto`, or `litert` or `keras` to insist; "" for `$KUBEGRAFT_ENGINE`, or `auto` without it.
+            Who insists on LiteRT still gets Keras where LiteRT can't run or differs.
+        verdicts: Where findings are kept; this user's cache directory by default.
+
+    Raises:
+        ConfigError: If there is no such engine.
+    """
+    wanted = _checked(engine or os.environ.get(ENGINE_VARIABLE) or "auto")
+    graph = FrozenGraph(forward, input_size)
+    if wanted == "keras":
+        return _keras(graph, "asked for")
+    verdicts = verdicts or Verdicts()
+    if wanted == "auto" and (known := _known(graph, verdicts)):
+        return known
+    if graph.num_bytes > _LARGEST_FLATBUFFER_BYTES:
+        return _keras(graph, "the weights are larger than the 2 GiB that LiteRT's format holds")
+    return _tried(graph, images(), wanted, verdicts)
+
+
+def _checked(engine: str) -> str:
+    if engine not in ENGINES:
+        raise ConfigError(
+            f"`{ENGINE_VARIABLE}` must be one of {', '.join(map(repr, ENGINES))}. Received: "
+            f"{ENGINE_VARIABLE}={engine!r}.{suggestion(engine, ENGINES)} 'auto' is right for most."
+        )
+    return engine
+
+
+def _known(graph: FrozenGraph, verdicts: Verdicts) -> FrozenForward | None:
+    found = verdicts.find(_key(graph))
+    if found is None:
+        return None
+    verdict, flatbuffer = found
+    if verdict.engine == "keras":
+        return _keras(graph, verdict.reason)
+    try:
+        made = LiteRtForward(flatbuffer, graph.input_size)
+    except (ValueError, RuntimeError):
+        return None
+    log_event("engine", "litert", reason=f"{verdict.reason} (found before)", workers=made.num_workers)
+    return made
+
+
+def _tried(graph: FrozenGraph, images: np.ndarray, wanted: str, verdicts: Verdicts) -> FrozenForward:
+    try:
+        flatbuffer = convert(graph)
+        litert = LiteRtForward(flatbuffer, graph.input_size)
+    # A converter raises anything for a graph it does not know. Being without it costs speed, never a result.
+    except Exception as error:
+        reason = (
+            f"LiteRT can't run it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        )
+        if not isinstance(error, (OSError, MemoryError)):
+            verdicts.keep(_key(graph), Verdict("keras", reason))
+        return _keras(graph, reason)
+    keras = KerasForward(graph)
+    difference = relative_difference(litert.forward(images), keras.forward(images))
+    if not difference <= TOLERANCE:
+        reason = f"LiteRT differs from Keras by {difference:.1e}, more than {TOLERANCE:.0e}"
+        verdicts.keep(_key(graph), Verdict("keras", reason))
+        return _keras(graph, reason)
+    if wanted == "litert":
+        log_event("engine", "litert", reason="asked for", difference=difference, workers=litert.num_workers)
+        return litert
+    ratio = _ratio(litert, keras, images)
+    found = f"{ratio:.1f} times as fast as Keras in a trial"
+    if ratio < _LEAST_RATIO:
+        verdicts.keep(_key(graph), Verdict("keras", f"LiteRT is {found}"))
+        return _keras(graph, f"LiteRT is {found}")
+    verdicts.keep(_key(graph), Verdict("litert", found), flatbuffer)
+    log_event("engine", "litert", reason=found, difference=difference, workers=litert.num_workers)
+    return litert
+
+
+def _keras(graph: FrozenGraph, reason: str) -> FrozenForward:
+    made = KerasForward(graph)
+    # The same for everyone, so that all take the same of the two ways.
+    shape = (_NUM_NOISE_IMAGES, graph.input_size, graph.input_size, 3)
+    made.freeze(np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32))
+    log_event("engine", "keras", reason=reason)
+    return made
+
+
+def _ratio(litert: FrozenForward, keras: FrozenForward, images: np.ndarray) -> float:
+    """Return the speed of one as a multiple of the other's; in turn, so that a busy machine slows both."""
+    seconds = {id(litert): float("inf"), id(keras): float("inf")}
+    batch = np.concatenate([images] * -(-litert.batch_size * litert.num_workers // len(images)))
+    for _ in range(_TRIAL_ROUNDS):
+        for each in (litert, keras):
+            parts = np.array_split(batch, each.num_workers)
+            start = time.perf_counter()
+            with ThreadPoolExecutor(each.num_workers) as pool:
+                list(pool.map(each.forward, parts))
+            seconds[id(each)] = min(seconds[id(each)], time.perf_counter() - start)
+    return seconds[id(keras)] / seconds[id(litert)]
+
+
+def _key(graph: FrozenGraph) -> str:
+    return f"{graph.digest}-{tf.__version__}"

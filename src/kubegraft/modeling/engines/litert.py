@@ -1,0 +1,97 @@
+"""The frozen part in LiteRT (XNNPACK), which TensorFlow brings: its converter and its interpreter."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import warnings
+from typing import Any, Final
+
+import numpy as np
+import tensorflow as tf
+
+from kubegraft.modeling.engines.interface import FrozenGraph
+from kubegraft.processors import usable_processors
+from kubegraft.tensorflow_setup import quiet_stderr
+
+# The activations of a few images stay in the processor's cache.
+_IMAGES_AT_ONCE: Final = 4
+# Each interpreter packs the weights for itself.
+_MOST_WEIGHT_BYTES: Final = 2**29
+_MOST_WORKERS: Final = 8
+
+
+class LiteRtForward:
+    """A flatbuffer and its interpreters, one for each worker; see `FrozenForward`.
+
+    Workers of one thread each don't wait for one another, so that decoding beside them costs no more than its
+    own time. The rows do not depend on the number of workers or threads, nor on which images come together.
+    """
+
+    name = "litert"
+    batch_size = 4 * _IMAGES_AT_ONCE
+
+    def __init__(self, flatbuffer: bytes, input_size: int, num_threads: int = 0) -> None:
+        """Make the interpreters.
+
+        Args:
+            flatbuffer: Made by `convert`.
+            input_size: Side of the images in pixels.
+            num_threads: Threads of all workers together; 0 for every processor that this process may use.
+
+        Raises:
+            ValueError: If it is none, or this build lacks one of its operations.
+            RuntimeError: If it can't be prepared.
+        """
+        processors = num_threads or usable_processors()
+        fit = max(1, _MOST_WEIGHT_BYTES // max(len(flatbuffer), 1))
+        self.num_workers = min(processors, fit, _MOST_WORKERS)
+        self.digest = hashlib.sha256(f"litert {tf.__version__} ".encode() + flatbuffer).hexdigest()
+        self._shape = (_IMAGES_AT_ONCE, input_size, input_size, 3)
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(self.num_workers):
+            self._idle.put(_interpreter(flatbuffer, self._shape, processors // self.num_workers))
+
+    def forward(self, images: np.ndarray) -> np.ndarray:
+        """See `FrozenForward`."""
+        interpreter = self._idle.get()
+        try:
+            parts = [
+                self._few(interpreter, images[start : start + _IMAGES_AT_ONCE])
+                for start in range(0, len(images), _IMAGES_AT_ONCE)
+            ]
+        finally:
+            self._idle.put(interpreter)
+        return np.concatenate(parts)
+
+    def _few(self, interpreter: Any, images: np.ndarray) -> np.ndarray:
+        given = images
+        if len(images) < _IMAGES_AT_ONCE:
+            given = np.zeros(self._shape, np.float32)
+            given[: len(images)] = images
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], given)
+        interpreter.invoke()
+        rows: np.ndarray = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        return rows[: len(images)]
+
+
+def convert(graph: FrozenGraph) -> bytes:
+    """Return the flatbuffer of a graph, in float32.
+
+    Raises:
+        Exception: Whatever the converter raises for what it can't convert.
+    """
+    with quiet_stderr():
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([graph.traced])
+        flatbuffer: bytes = converter.convert()
+    return flatbuffer
+
+
+def _interpreter(flatbuffer: bytes, shape: tuple[int, ...], num_threads: int) -> Any:
+    with quiet_stderr(), warnings.catch_warnings():
+        # TensorFlow 2.21, which we pin, still has it; the ADR says what follows it.
+        warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
+        interpreter = tf.lite.Interpreter(model_content=flatbuffer, num_threads=num_threads)
+        interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], shape)
+        interpreter.allocate_tensors()
+    return interpreter

@@ -1,0 +1,182 @@
+"""Every backbone's frozen pass is answered alike by its engine and by Keras; what can't be is left to Keras."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kubegraft.errors import ConfigError
+from kubegraft.modeling.backbones import BACKBONES
+from kubegraft.modeling.engines import TOLERANCE, FrozenGraph, choose_engine, relative_difference
+from kubegraft.modeling.engines.keras_forward import KerasForward
+from kubegraft.modeling.engines.litert import LiteRtForward, convert
+from kubegraft.modeling.engines.verdicts import Verdict, Verdicts
+from kubegraft.modeling.identity import network_digest
+
+
+def pictures(number, size, seed=0):
+    """Return images with structure, as photographs have, and some noise."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.uniform(0, 255, (number, 4, 4, 3))
+    smooth = tf.image.resize(coarse, (size, size)).numpy()
+    return np.clip(smooth + generator.normal(0, 10, smooth.shape), 0, 255).astype(np.float32)
+
+
+def pooled_and_boundary(backbone, core):
+    """Return a function to pooled features and, behind them, a flat boundary in the middle: both in one pass."""
+    middle = backbone.blocks[backbone.num_blocks // 2]
+    boundary = next(operation.output for operation in core.operations if operation.name == middle)
+    both = keras.Model(core.input, [boundary, core.output])
+
+    def forward(images):
+        inner, last = both(images, training=False)
+        return tf.concat([tf.reduce_mean(last, (1, 2)), tf.reshape(inner, (-1, np.prod(inner.shape[1:])))], 1)
+
+    return forward, int(core.output.shape[-1])
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Return a small network as a function, and images for it."""
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            layers.Conv2D(8, 3, strides=2, padding="same"),
+            layers.BatchNormalization(),
+            layers.ReLU(6),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    return (lambda images: model(images, training=False)), pictures(5, 16)
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_the_engine_answers_like_keras_for_every_backbone(name):
+    backbone = BACKBONES[name]
+    core = backbone.build(backbone.min_input_size, "none")
+    forward, dim = pooled_and_boundary(backbone, core)
+    graph = FrozenGraph(forward, backbone.min_input_size)
+    images = pictures(2, backbone.min_input_size)
+    rows = LiteRtForward(convert(graph), backbone.min_input_size, num_threads=1).forward(images)
+    expected = KerasForward(graph).forward(images)
+    assert rows.shape == expected.shape
+    # Apart: a random network's boundary may be thousands of times its features.
+    assert relative_difference(rows[:, :dim], expected[:, :dim]) <= TOLERANCE
+    assert relative_difference(rows[:, dim:], expected[:, dim:]) <= TOLERANCE
+    assert len(network_digest(core)) == 64  # what the feature cache knows it by
+    keras.utils.clear_session()
+
+
+def test_rows_depend_neither_on_threads_nor_on_the_batch(small):
+    forward, images = small
+    flatbuffer = convert(FrozenGraph(forward, 16))
+    one, two = (LiteRtForward(flatbuffer, 16, num_threads=threads) for threads in (1, 2))
+    together = one.forward(images)
+    np.testing.assert_array_equal(two.forward(images), together)
+    for index in range(len(images)):
+        np.testing.assert_array_equal(two.forward(images[index : index + 1])[0], together[index])
+
+
+def test_more_threads_than_workers_get_their_own_rows(small):
+    forward, images = small
+    engine = LiteRtForward(convert(FrozenGraph(forward, 16)), 16, num_threads=2)
+    expected, found = engine.forward(images), {}
+
+    def call(number):
+        for _ in range(20):
+            found[number] = engine.forward(images[number : number + 1])
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, rows in found.items():
+        np.testing.assert_array_equal(rows[0], expected[number])
+
+
+def test_a_verdict_is_found_again_and_gives_the_same_bits(small, tmp_path, capfd):
+    forward, images = small
+    first = choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
+    again = choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
+    assert (again.name, again.digest) == (first.name, first.digest)
+    np.testing.assert_array_equal(again.forward(images), first.forward(images))
+    assert capfd.readouterr().err.count("engine: ") == 2
+
+
+def test_a_damaged_flatbuffer_is_not_used(tmp_path):
+    verdicts = Verdicts(tmp_path)
+    verdicts.keep("key", Verdict("litert", "fast"), b"a flatbuffer")
+    assert verdicts.find("key")[1] == b"a flatbuffer"
+    (tmp_path / "key.tflite").write_bytes(b"half of it")
+    assert verdicts.find("key") is None
+
+
+def test_verdicts_that_cannot_be_kept_cost_nothing_else(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    forward, images = small
+    assert (
+        choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path / "file" / "below"))
+        .forward(images)
+        .any()
+    )
+
+
+def test_what_the_engine_cannot_convert_is_left_to_keras_and_said(tmp_path, capfd):
+    def forward(images):
+        return tf.py_function(lambda pixels: tf.reduce_mean(pixels, (1, 2)), [images], tf.float32)
+
+    images = pictures(3, 16)
+    engine = choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
+    assert engine.name == "keras"
+    np.testing.assert_allclose(engine.forward(images), images.mean((1, 2)), rtol=1e-5)
+    assert "LiteRT can't run it" in capfd.readouterr().err
+
+
+def test_an_engine_that_differs_is_not_used(tmp_path, capfd):
+    def forward(images):
+        # Drawn anew by each engine.
+        return tf.reduce_mean(images, (1, 2)) + tf.random.uniform((tf.shape(images)[0], 3), maxval=100.0)
+
+    engine = choose_engine(forward, lambda: pictures(3, 16), 16, verdicts=Verdicts(tmp_path))
+    assert engine.name == "keras"
+    assert "LiteRT differs from Keras by" in capfd.readouterr().err
+
+
+def test_keras_can_be_asked_for(small, tmp_path, monkeypatch):
+    forward, images = small
+    monkeypatch.setenv("KUBEGRAFT_ENGINE", "keras")
+    engine = choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
+    assert engine.name == "keras"
+    assert relative_difference(engine.forward(images), forward(images).numpy()) <= TOLERANCE
+    monkeypatch.setenv("KUBEGRAFT_ENGINE", "litter")
+    with pytest.raises(ConfigError, match="Did you mean 'litert'"):
+        choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
+
+
+def test_other_weights_are_another_graph(small):
+    def graph(factor):
+        weight = tf.Variable([factor, 1.0, 1.0])
+        return FrozenGraph(lambda images: weight * tf.reduce_mean(images, (1, 2)), 16)
+
+    assert graph(1.0).digest == graph(1.0).digest
+    assert graph(1.0).digest != graph(2.0).digest
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "difference"),
+    [
+        ([[1.0, 2.0]], [[1.0, 2.0]], 0.0),
+        ([[1.0, 2.0]], [[1.0, 4.0]], 0.5),
+        ([[0.0, 0.0]], [[0.0, 0.0]], 0.0),
+        ([[float("nan"), 1.0]], [[0.0, 1.0]], float("inf")),
+        ([[0.0, 1.0]], [[float("inf"), 1.0]], float("inf")),
+        ([[1e-3, 1.0]], [[0.0, 1.0]], 1e-3),
+    ],
+)
+def test_the_difference_is_a_share_of_the_largest_feature(rows, expected, difference):
+    found = relative_difference(np.array(rows, np.float32), np.array(expected, np.float32))
+    assert found == pytest.approx(difference)
