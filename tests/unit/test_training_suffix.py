@@ -118,7 +118,10 @@ def trained(way, dataset, head, directory, num_views, num_blocks=4):
 
 
 @pytest.mark.parametrize("num_views", [1, 3], ids=["one view", "three views"])
-def test_training_from_activations_is_training_the_whole_graph(dataset, head, tmp_path, num_views):
+def test_training_from_activations_is_training_the_whole_graph(
+    dataset, head, tmp_path, monkeypatch, num_views
+):
+    monkeypatch.setenv("KUBEGRAFT_ENGINE", "keras")  # another engine's rounding grows with every step
     whole, expected = trained("whole", dataset, head, tmp_path, num_views)
     suffix, weights = trained("suffix", dataset, head, tmp_path, num_views)
     for one, other in zip([suffix.start, *suffix.epochs], [whole.start, *whole.epochs], strict=True):

@@ -46,7 +46,7 @@ class KnownRows(Protocol):
 
 
 def frozen_forward(
-    strategy: Any, forward: Forward, source: Source, input_size: int
+    strategy: Any, forward: Forward, source: Source, input_size: int, identity: str = ""
 ) -> FrozenForward | Forward:
     """Return how a frozen pass is best computed on this machine.
 
@@ -55,6 +55,7 @@ def frozen_forward(
         forward: Images `float32[batch, size, size, 3]` to rows `[batch, row_length]`.
         source: Images; the first few prove that an engine answers like Keras, where that is not known yet.
         input_size: Side of the images in pixels.
+        identity: Digest of what `forward` computes; see `FrozenGraph`.
 
     Returns:
         An engine for a CPU; `forward` itself for GPUs or several replicas, where TensorFlow computes it.
@@ -69,7 +70,7 @@ def frozen_forward(
         images: np.ndarray = next(iter(source.inputs(batches, slice(0, 1), slice(None), count))).numpy()
         return images
 
-    return choose_engine(forward, samples, input_size)
+    return choose_engine(forward, samples, input_size, identity=identity)
 
 
 def extract_rows(

@@ -82,7 +82,8 @@ class FrozenPass:
             path: Name of a file in the work directory.
         """
         if self._engine is None:
-            self._engine = frozen_forward(self.strategy, self.forward, images, images.input_size)
+            identity = hashlib.sha256(f"{self.kind} {images.input_size} {self._digest}".encode()).hexdigest()
+            self._engine = frozen_forward(self.strategy, self.forward, images, images.input_size, identity)
         spaces = self._spaces(images, getattr(self._engine, "name", "tensorflow"))
         return extract_rows(
             self.strategy,

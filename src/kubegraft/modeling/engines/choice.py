@@ -38,6 +38,7 @@ def choose_engine(
     images: Callable[[], np.ndarray],
     input_size: int,
     *,
+    identity: str = "",
     engine: str = "",
     verdicts: Verdicts | None = None,
 ) -> FrozenForward:
@@ -52,6 +53,7 @@ def choose_engine(
         images: Returns a few images to prove and time it with, `float32[num_images, input_size, input_size, 3]`.
             Not called where the answer is known, so that a run that finds all rows in a cache decodes none.
         input_size: Side of the images in pixels.
+        identity: Digest of what `forward` computes; see `FrozenGraph`.
         engine: `auto`, or `litert` or `keras` to insist; "" for `$KUBEGRAFT_ENGINE`, or `auto` without it.
             Who insists on LiteRT still gets Keras where LiteRT can't run or differs.
         verdicts: Where findings are kept; this user's cache directory by default.
@@ -60,7 +62,7 @@ def choose_engine(
         ConfigError: If there is no such engine.
     """
     wanted = _checked(engine or os.environ.get(ENGINE_VARIABLE) or "auto")
-    graph = FrozenGraph(forward, input_size)
+    graph = FrozenGraph(forward, input_size, identity)
     if wanted == "keras":
         return _keras(graph, "asked for")
     verdicts = verdicts or Verdicts()
