@@ -194,7 +194,8 @@ class TrainingConfig(StageConfig):
         0, "Training stops after this many seconds and keeps its best epoch; 0 means no limit."
     )
     checkpoint_interval_seconds: float = option(
-        20, "Seconds between checkpoints within an epoch; one is written after every epoch anyway."
+        20,
+        "Seconds between checkpoints within an epoch; one is written after every epoch of a second or more.",
     )
     mixed_precision: str = option(
         AUTO_NAME, "Compute in 16 bits: 'on', 'off', or 'auto' for GPUs that are built for it."

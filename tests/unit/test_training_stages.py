@@ -186,6 +186,7 @@ def test_a_searched_head_is_trained_on_all_of_the_training_split(dataset, tmp_pa
     choices = {choice["name"]: choice for choice in loaded.metadata["choices"]}
     assert "cross-validation" in choices["head"]["reason"]
     assert choices["solver"]["value"] == "lbfgs"
+    assert loaded.metadata["config"]["search_seconds"] == 0  # what was found can be said again
 
 
 def test_a_stopped_head_comes_to_the_same_head(dataset, tmp_path, monkeypatch):

@@ -108,8 +108,9 @@ class _HeadTraining:
             log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
     def _resolved(self, config: HeadConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
+        # What was found is said as if the user had: the resolved config trains this head, without a search.
         resolved, choices = resolve_head(
-            config,
+            dataclasses.replace(config, search_seconds=0),
             self.manifest.facts,
             native_input_size=self.backbone.native_input_size,
             accepted_input_size=self.backbone.accepted_input_size,
@@ -120,7 +121,7 @@ class _HeadTraining:
 
     def run(self) -> Outcome:
         model = self._built()
-        if self.config.search_seconds:
+        if self.given.search_seconds:
             self._search(parts(model))
             model = self._built()
         model_parts = parts(model)

@@ -201,7 +201,13 @@ def _mlp_score(
     scratch: Path,
 ) -> Score:
     started = time.monotonic()
-    plan = dataclasses.replace(plan, phase="head_search", time_budget_seconds=config.search_seconds)
+    # All epochs, and the last one counts: an epoch that the held-out fold had chosen would flatter this head.
+    plan = dataclasses.replace(
+        plan,
+        phase="head_search",
+        patience=plan.num_epochs + 1,
+        time_budget_seconds=config.search_seconds,
+    )
     checkpoint = scratch / "search.ckpt"
     results = []
     for inside, outside in folds:
@@ -210,7 +216,8 @@ def _mlp_score(
             trainable = HeadOnFeatures(HeadParts(layers), plan.batch_size)
         checkpoint.unlink(missing_ok=True)
         sources = (_part(data, inside), _part(data, outside))
-        results.append(train(strategy, trainable, sources, plan, checkpoint).best)
+        history = train(strategy, trainable, sources, plan, checkpoint)
+        results.append(history.epochs[-1] if history.epochs else history.start)
     checkpoint.unlink(missing_ok=True)
     return Score(
         head="mlp",

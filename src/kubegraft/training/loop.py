@@ -30,6 +30,8 @@ from kubegraft.training.steps import make_steps, replica_steps
 
 # An epoch on computed features takes a fraction of a second; a log wants fewer lines than that.
 _NOTE_SECONDS: Final = 2.0
+# Nor need more be safe than a second's work: writing to disk took as long as a head's whole epoch.
+_SAVE_SECONDS: Final = 1.0
 
 
 class Trainable(Protocol):
@@ -153,7 +155,7 @@ class _Run:
         self.history = History()
         self.epoch = self.step = 0
         self.sums = np.zeros(3)
-        self.elapsed_seconds = self.noted = 0.0
+        self.elapsed_seconds = self.noted = self.saved = 0.0
         self.best_arrays: list[np.ndarray] = []
 
     def _make_optimizer(self) -> GlobalAdamW:
@@ -185,7 +187,7 @@ class _Run:
 
     def _train_epoch(self, progress: Progress) -> None:
         batches = self._epoch_batches(self.train_source, self.epoch, shuffle=True)
-        started = saved = time.monotonic()
+        started = time.monotonic()
         before = self.elapsed_seconds
         seed = (self.config.seed, self.epoch * self.num_steps)
         for steps in self.train_steps.run(batches, self.step, seed):
@@ -200,9 +202,8 @@ class _Run:
                     f"`{self.config.phase}` was asked to stop (SIGTERM) and saved a checkpoint after step "
                     f"{self.step} of epoch {self.epoch}. Start it again with the same arguments to go on."
                 )
-            if time.monotonic() - saved > self.config.checkpoint_interval_seconds:
+            if time.monotonic() - self.saved > self.config.checkpoint_interval_seconds:
                 self._save()
-                saved = time.monotonic()
             if self._over_budget():
                 break
         self._end_epoch(progress)
@@ -230,7 +231,9 @@ class _Run:
             progress.note("epoch", of=self.config.num_epochs, **self.history.epochs[-1])
         self.history.stopped = self._reason_to_stop()
         self.epoch, self.step, self.sums = self.epoch + 1, 0, np.zeros(3)
-        self._save()
+        last = bool(self.history.stopped) or self.epoch >= self.config.num_epochs
+        if last or time.monotonic() - self.saved > _SAVE_SECONDS:
+            self._save()
 
     def _over_budget(self) -> bool:
         return 0 < self.config.time_budget_seconds <= self.elapsed_seconds
@@ -296,6 +299,7 @@ class _Run:
             "history": asdict(self.history),
         }
         save_checkpoint(self.checkpoint_path, arrays, position)
+        self.saved = time.monotonic()
 
     def _resume(self) -> bool:
         found = load_checkpoint(self.checkpoint_path)
