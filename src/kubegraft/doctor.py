@@ -220,9 +220,7 @@ def _engine(found: dict[str, Any]) -> Check:
         return Check(
             "engine", "ok", f"LiteRT of TensorFlow {found['version']}, {usable_processors()} threads"
         )
-    advice = (
-        "Frozen passes take about twice as long. pip install 'kubegraft[train]' brings TensorFlow with it."
-    )
+    advice = "Frozen passes take longer. pip install 'kubegraft[train]' brings TensorFlow with it."
     return Check("engine", "warn", f"Keras only: TensorFlow {found['version']} has no LiteRT", advice)
 
 

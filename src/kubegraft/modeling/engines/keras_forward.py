@@ -39,7 +39,7 @@ class KerasForward:
         return rows
 
     def freeze(self, images: np.ndarray) -> None:
-        """Turn weights into constants, so that TensorFlow folds batch norm into convolutions: 1.1 to 1.4 times faster.
+        """Turn weights into constants, so that TensorFlow folds batch norm into convolutions: up to 1.4 times faster.
 
         Left as it is if the weights are large, or if the answers to `images` change.
         """
