@@ -66,6 +66,7 @@ class FrozenGraph:
                 graph, in which a process numbers its layers as they come.
         """
         self.input_size, self._identity = input_size, identity
+        self._forward = forward  # a concrete function does not keep its variables alive
         images = tf.TensorSpec([None, input_size, input_size, 3], tf.float32, name="images")
         self.traced = tf.function(
             lambda pixels: tf.cast(forward(pixels), tf.float32), input_signature=[images], autograph=False
