@@ -194,7 +194,7 @@ def _plan(
         "input_size": head.input_size,
         "pooled_features_bytes": (facts.num_train + facts.num_validation) * dim * _FLOAT_BYTES,
         "fine_tune": {**dataclasses.asdict(plan), "num_epochs": tuned.num_epochs},
-        "augmentation": tuned.augmentation,
+        "augmentation": "none" if plan.way == "activations" and plan.num_views == 1 else tuned.augmentation,
         "choices": [dataclasses.asdict(choice) for choice in choices],
         "cuts": describe_cuts(wish, cuts, limits),
         "assumed": "images of at least the backbone's size" if run_config.head.input_size == AUTO else "",

@@ -117,6 +117,11 @@ class _FineTuning:
         self.config = dataclasses.replace(resolved, batch_size=batch_size)
         self.wish = fine_tune_wish(config, resolved, manifest.facts, self.backbone.num_blocks)
         self.plan = self._plan()
+        varied = self.config.augmentation != "none"
+        if varied and self.plan.way == "activations" and self.plan.num_views == 1:
+            # What is recorded is what was done.
+            self.config = dataclasses.replace(self.config, augmentation="none")
+            self._rechoose("augmentation", "none", "one view of each image is kept: the image as it is")
         self.choices += plan_choices(self.plan, self.config.augmentation)
         for choice in self.choices:
             log_event("fine_tune", "choice", name=choice.name, value=choice.value, reason=choice.reason)
@@ -139,16 +144,22 @@ class _FineTuning:
         if len(self.plan.trials) > 1:
             reason = reason_of(best, trials, self.plan.trials)
             log_event("fine_tune", "choice", name="num_blocks", value=best.num_blocks, reason=reason)
-            self.choices = tuple(
-                Choice("num_blocks", best.num_blocks, reason) if choice.name == "num_blocks" else choice
-                for choice in self.choices
-            )
+            self._rechoose("num_blocks", best.num_blocks, reason)
         kept = "fine_tuned" if best.history.best_epoch >= 0 else "head"
         if kept == "head":
             log_event("fine_tune", "kept the model that came in", reason="no epoch beat it on validation")
         outcome = self._write(best, trials, kept)
         shutil.copyfile(self.model_dir / HISTORY_FILE, self.workspace.staging / HEAD_HISTORY_FILE)
         return outcome
+
+    def _rechoose(self, name: str, value: Any, reason: str) -> None:
+        """Replace what the recipe chose; what the user set stays."""
+        self.choices = tuple(
+            Choice(name, value, reason)
+            if choice.name == name and choice.reason != "set by the user"
+            else choice
+            for choice in self.choices
+        )
 
     def _plan(self) -> ActivationPlan:
         """Return the plan; an interrupted call's own is kept to, whatever is free now that its files are there."""
