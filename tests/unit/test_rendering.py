@@ -306,6 +306,17 @@ def test_it_is_written_to_a_file(tmp_path):
     ("arguments", "message"),
     [
         (["job", "photos"], "absolute path in the pod"),
+        (["job", "s3:/photos"], "absolute path in the pod"),
+        (["job", "ftp://host/photos"], "must begin with one of"),
+        (["job", "https://user:word@host/photos.zip"], "no user name, password or signature"),
+        (["job", "https://host/photos.zip?X-Amz-Signature=word"], "no user name, password or signature"),
+        (["job", "--weights", "own.weights.h5"], "`weights` must be a URI or an absolute path"),
+        (["job", "--backbone", "resnet5"], "Did you mean"),
+        (["job", "--publish", "results"], "`publish` must be a gs:// or s3://"),
+        (["job", "--publish", "s3://user:word@bucket/results"], "no user name, password or signature"),
+        (["job", "--publish", "gs://"], "must name a bucket"),
+        (["job", "--claim", "", "--publish", "/workspace/results"], "`publish` must be a gs:// or s3://"),
+        (["serving", "--model", "gs://user:word@bucket/run"], "no user name, password or signature"),
         (["job", "--name", "Owls"], "lower-case"),
         (["job", "--memory", "lots"], "quantity"),
         (["job", "--image", "x:latest"], "never moves"),
@@ -323,6 +334,7 @@ def test_what_kubernetes_would_refuse_is_refused_here(arguments, message):
     result = CliRunner().invoke(main, ["render", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
+    assert "word" not in result.stderr.replace("password", "")
 
 
 @pytest.mark.parametrize(

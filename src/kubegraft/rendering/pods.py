@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kubegraft.cluster_inputs import check_bucket_folder
 from kubegraft.errors import ConfigError
 
 Manifest = dict[str, Any]
@@ -25,7 +26,7 @@ class Setting:
         namespace: Namespace; "" leaves it to kubectl.
         image: Image of the container.
         claim: PersistentVolumeClaim of the work directory; "" for the pod's own disk, where `publish_uri` is given.
-        publish_uri: Folder in a bucket that the results are published to; "" for none.
+        publish_uri: Folder in a bucket, or path on the volume, that the results are published to; "" for none.
         service_account: Account of the pods.
         cpu: CPU limit; a quarter of it is requested.
         memory: Memory limit; half of it is requested.
@@ -53,6 +54,8 @@ class Setting:
                 "`claim` or `publish` must say where results stay. Received: neither, and a pod's own disk goes "
                 "with the pod. Give --claim NAME, or --publish gs://bucket/folder."
             )
+        if self.publish_uri and not (self.claim and self.publish_uri.startswith("/")):
+            check_bucket_folder("publish", self.publish_uri)
         for name in ("name", "claim", "service_account"):
             if (name != "claim" or self.claim) and not _NAME.fullmatch(getattr(self, name)):
                 raise ConfigError(
