@@ -11,6 +11,7 @@ def ingest(
     dataset_digest: dsl.OutputPath(str),
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
+    images_digest: str,
     seed: int,
     source: str,
     validation_fraction: float,
@@ -24,6 +25,7 @@ def ingest(
         dataset_digest: Digest of the dataset, for the tasks that follow.
         metrics: Numbers of images found, accepted and quarantined.
         report: What was found, as a page.
+        images_digest: Digest that it must have; makes KFP's cache see changed images. "" for any.
 
     The other arguments are the fields of `kubegraft.config.IngestConfig`.
     """
@@ -36,7 +38,7 @@ def ingest(
     from kubegraft.processes import exit_on_error
 
     with exit_on_error("ingest"):
-        result = run(dataset.path, from_arguments(IngestConfig, arguments))
+        result = run(dataset.path, from_arguments(IngestConfig, arguments), images_digest)
         for name, value in result.metrics.items():
             metrics.log_metric(name, value)
         Path(dataset_digest).parent.mkdir(parents=True, exist_ok=True)

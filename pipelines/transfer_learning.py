@@ -1,11 +1,11 @@
-"""The pipeline: ingest, train a head, fine-tune, evaluate, export.
+"""The pipeline: look at the images, ingest them, train a head, fine-tune, evaluate, export.
 
 Run as it is on a laptop by `kubegraft run`, and compiled for a cluster by `python pipelines/compile.py`.
 """
 
 from kfp import dsl
 
-from components import evaluate, export, fine_tune, ingest, train_head
+from components import check_images, evaluate, export, fine_tune, ingest, train_head
 from kubegraft.config import EvaluateConfig, ExportConfig, FineTuneConfig, HeadConfig, IngestConfig
 from pipelines._parameters import described
 from pipelines._placement import on_accelerators, prepared
@@ -79,15 +79,18 @@ def transfer_learning(
     tolerations: list = [],
 ) -> None:
     """A folder of labelled images in, a tested and servable classifier out."""
-    ingest_task = ingest(
-        source=source,
-        seed=seed,
-        validation_fraction=validation_fraction,
-        test_fraction=test_fraction,
-        max_bad_fraction=max_bad_fraction,
-    )
-    # Images change under the same URI, which KFP's cache can't see: always look, and hand on the digest.
-    prepared(ingest_task).set_caching_options(False)
+    images = {
+        "source": source,
+        "seed": seed,
+        "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
+        "max_bad_fraction": max_bad_fraction,
+    }
+    # Images change under the same URI, which KFP's cache can't see: always look, and hand on the digest. The cache
+    # knows an artifact by an id that each run of its task makes anew, so the dataset must come from a cached task.
+    check_task = check_images(**images)
+    prepared(check_task).set_caching_options(False)
+    ingest_task = ingest(images_digest=check_task.outputs["images_digest"], **images)
     dataset = {
         "dataset": ingest_task.outputs["dataset"],
         "dataset_digest": ingest_task.outputs["dataset_digest"],
@@ -162,7 +165,7 @@ def transfer_learning(
         tolerance=tolerance,
         num_verification_images=num_verification_images,
     )
-    for task in (head_task, fine_tune_task, evaluate_task, export_task):
+    for task in (ingest_task, head_task, fine_tune_task, evaluate_task, export_task):
         prepared(task)
     for task in (head_task, fine_tune_task):
         on_accelerators(task, accelerator_type, accelerator_count, node_selector, tolerations)

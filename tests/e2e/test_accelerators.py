@@ -27,10 +27,13 @@ def node(cluster):
     cluster.kubectl("patch", "node", name, "--subresource=status", "--type=json", "--patch", json.dumps(gone))
 
 
-def start(cluster, rendered, name, *arguments):
+def start(cluster, rendered, name, *arguments, tolerant=True):
     objects = rendered("job", "sample://digits", "--name", name, *arguments)
+    (job,) = [one for one in objects if one["kind"] == "Job"]
+    if not tolerant:
+        del job["spec"]["template"]["spec"]["tolerations"]
     cluster.apply(*objects)
-    return next(one["metadata"]["name"] for one in objects if one["kind"] == "Job")
+    return job["metadata"]["name"]
 
 
 def why_pending(cluster, job):
@@ -43,19 +46,18 @@ def why_pending(cluster, job):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "tolerant", "reason"),
     [
-        (ASKING, "untolerated taint"),
-        (("--accelerator-count", "1", "--node-selector", "kubegraft.dev/no-such=node", "--toleration",
-          "nvidia.com/gpu:NoSchedule"), "selector"),
-        (("--accelerator-count", "2", "--toleration", "nvidia.com/gpu:NoSchedule"), "nvidia.com/gpu"),
+        (ASKING, False, "untolerated taint"),
+        (("--accelerator-count", "1", "--node-selector", "kubegraft.dev/no-such=node"), True, "selector"),
+        (("--accelerator-count", "2"), True, "nvidia.com/gpu"),
     ],
     ids=["no toleration", "another selector", "more than there are"],
-)  # fmt: skip
+)
 def test_a_pod_that_does_not_fit_stays_pending_and_says_why(
-    cluster, toolbox, node, rendered, arguments, reason
+    cluster, toolbox, node, rendered, arguments, tolerant, reason
 ):
-    job = start(cluster, rendered, "waiting", *arguments)
+    job = start(cluster, rendered, "waiting", *arguments, tolerant=tolerant)
     assert reason in until(lambda: why_pending(cluster, job), seconds=60)
     cluster.kubectl("delete", "job", job, "--wait=true")
 
@@ -63,7 +65,7 @@ def test_a_pod_that_does_not_fit_stays_pending_and_says_why(
 def test_with_selector_and_toleration_it_is_scheduled_and_ends_at_once_for_want_of_a_gpu(
     cluster, toolbox, node, rendered
 ):
-    job = start(cluster, rendered, "asking", *ASKING, "--toleration", "nvidia.com/gpu:NoSchedule")
+    job = start(cluster, rendered, "asking", *ASKING)
     cluster.wait_for_job(job, "Failed", seconds=180)
     (pod,) = cluster.pods_of(job)
     assert pod["spec"]["nodeName"] == node

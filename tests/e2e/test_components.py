@@ -12,7 +12,7 @@ import yaml
 from tests.e2e.conftest import ROOT
 from tests.e2e.kube import restricted_pod, until
 
-STAGES = ("ingest", "train-head", "fine-tune", "evaluate", "export")
+STAGES = ("check-images", "ingest", "train-head", "fine-tune", "evaluate", "export")
 PARAMETERS = {
     "source": "/workspace/data/few",
     "input_size": 96,
@@ -129,9 +129,9 @@ def test_a_component_runs_as_kfp_would_start_it(launcher, stage):
 
 def test_bad_input_ends_with_its_reason_as_the_last_line_of_the_log(launcher, cluster):
     launcher.parameters = {**launcher.parameters, "source": "/workspace/data/nothing"}
-    launcher.cluster.kubectl("delete", "pod", "kfp-ingest", "--ignore-not-found", "--wait=true")
+    launcher.cluster.kubectl("delete", "pod", "kfp-check-images", "--ignore-not-found", "--wait=true")
     with pytest.raises(AssertionError, match="Failed"):
-        launcher.run("ingest")
-    assert "Error: " in cluster.logs("kfp-ingest").splitlines()[-1]
-    status = cluster.get("pod", "kfp-ingest")["status"]["containerStatuses"][0]
+        launcher.run("check-images")
+    assert "Error: " in cluster.logs("kfp-check-images").splitlines()[-1]
+    status = cluster.get("pod", "kfp-check-images")["status"]["containerStatuses"][0]
     assert status["state"]["terminated"]["exitCode"] in (2, 3, 8)

@@ -93,15 +93,25 @@ def test_every_parameter_reads_well_in_the_ui(compiled):
 
 def test_the_digest_reaches_every_later_task(compiled):
     tasks = compiled["spec"]["root"]["dag"]["tasks"]
-    for name in tasks.keys() - {"ingest"}:
+    for name in tasks.keys() - {"check-images", "ingest"}:
         source = tasks[name]["inputs"]["parameters"]["dataset_digest"]["taskOutputParameter"]
         assert source == {"outputParameterKey": "dataset_digest", "producerTask": "ingest"}
 
 
-def test_ingest_alone_is_never_answered_from_the_cache(compiled):
+def test_the_look_at_the_images_alone_is_never_answered_from_the_cache(compiled):
     tasks = compiled["spec"]["root"]["dag"]["tasks"]
     cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == tasks.keys() - {"ingest"}
+    assert cached == tasks.keys() - {"check-images"}
+
+
+def test_no_task_reads_an_artifact_of_a_task_that_always_runs(compiled):
+    """KFP's cache knows an artifact by an id that each run of its task makes anew."""
+    tasks = compiled["spec"]["root"]["dag"]["tasks"]
+    for task in tasks.values():
+        artifacts = task["inputs"].get("artifacts", {}).values()
+        assert "check-images" not in {one["taskOutputArtifact"]["producerTask"] for one in artifacts}
+    digest = tasks["ingest"]["inputs"]["parameters"]["images_digest"]["taskOutputParameter"]
+    assert digest == {"outputParameterKey": "images_digest", "producerTask": "check-images"}
 
 
 def test_every_container_is_bounded_and_not_root(compiled):

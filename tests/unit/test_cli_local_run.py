@@ -253,6 +253,18 @@ def test_tasks_are_tried_once_here_and_as_often_as_before_elsewhere():
     assert retries(pipeline) == before
 
 
+def test_the_images_are_read_once_here():
+    def tasks(pipeline):
+        return dict(pipeline.component_spec.implementation.graph.root.dag.tasks)
+
+    pipeline = local_run.load_pipeline()
+    here = tasks(local_run.without_check(pipeline))
+    assert tasks(pipeline).keys() - here.keys() == {"check-images"}
+    named = {name for task in here.values() for name in task.dependent_tasks}
+    assert named < here.keys()
+    assert here["ingest"].inputs.parameters["images_digest"].runtime_value.constant.string_value == ""
+
+
 def write_stage(name, directory, files):
     def body(workspace):
         for path, text in files.items():

@@ -18,7 +18,7 @@ from kubegraft import tensorflow_setup  # noqa: F401 - before tensorflow
 from kubegraft.config import IngestConfig
 from kubegraft.data import inspection
 from kubegraft.data.folders import FoundFile
-from kubegraft.data.ingest import ingest
+from kubegraft.data.ingest import check_images, ingest
 from kubegraft.data.inspection import REASONS, Inspection, InspectionLog, inspect_file
 from kubegraft.data.manifest import load_manifest, read_images, read_quarantine
 from kubegraft.errors import ConfigError, DataError
@@ -342,3 +342,27 @@ def test_an_output_inside_of_the_images_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match="outside of the images"):
         run(source / "dataset", source)
     assert sorted(path.name for path in source.iterdir()) == ["cat", "dog"]
+
+
+def test_a_look_tells_the_digest_that_ingest_will_have_and_leaves_nothing(tmp_path, monkeypatch):
+    source = tmp_path / "photos"
+    draw(source)
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(aside))
+    found = check_images(IngestConfig(source=str(source)))
+    assert not list(aside.iterdir())
+    result = ingest(tmp_path / "out", IngestConfig(source=str(source)), found.digest)
+    assert result.digest == found.digest
+    assert result.metrics == found.metrics
+
+
+def test_images_that_change_after_the_look_are_refused(tmp_path):
+    source = tmp_path / "photos"
+    draw(source)
+    config = IngestConfig(source=str(source))
+    found = check_images(config)
+    write(source / "cat" / "one_more.png", encoded(picture(4711)))
+    with pytest.raises(DataError, match="must not change while a run reads it"):
+        ingest(tmp_path / "out", config, found.digest)
+    assert not (tmp_path / "out").exists()

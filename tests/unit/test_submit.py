@@ -45,7 +45,8 @@ def kfp():
 
 @pytest.fixture(autouse=True)
 def _outside_of_a_cluster(monkeypatch, tmp_path):
-    for name in ("KUBERNETES_SERVICE_HOST", "KUBEGRAFT_KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT"):
+    names = ("KUBEGRAFT_KFP_ENDPOINT", "KUBEGRAFT_KFP_NAMESPACE", "KUBEGRAFT_KFP_TOKEN_FILE")
+    for name in (*names, "KUBERNETES_SERVICE_HOST", "KF_PIPELINES_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
         "kfp.client.client.Client._LOCAL_KFP_CONTEXT", str(tmp_path / "none" / "context.json")
@@ -248,6 +249,16 @@ def test_a_multi_user_kubeflow_gets_the_namespace(call, kfp):
     assert [e["namespace"] for e in kfp.experiments.values()] == ["team"]
     assert [p["namespace"] for p in kfp.pipelines.values()] == ["team"]
     assert len(kfp.runs) == 1
+
+
+def test_who_calls_may_be_said_by_variables(call, kfp, tmp_path, monkeypatch):
+    token = tmp_path / "token"
+    token.write_text("mine")
+    kfp.multi_user, kfp.token = True, lambda: "mine"
+    monkeypatch.setenv("KUBEGRAFT_KFP_NAMESPACE", "team")
+    monkeypatch.setenv("KUBEGRAFT_KFP_TOKEN_FILE", str(token))
+    submit(call, "--no-wait")
+    assert [one["namespace"] for one in kfp.experiments.values()] == ["team"]
 
 
 def test_nothing_listening_is_told_at_once(call):
@@ -494,4 +505,4 @@ def test_compiling_refuses_an_image_that_moves(tmp_path):
 
 def test_without_caching_no_task_is_answered_from_the_cache():
     spec = next(iter(yaml.safe_load_all(PipelinePackage(COMPILED).without_caching().text)))
-    assert [task["cachingOptions"] for task in spec["root"]["dag"]["tasks"].values()] == [{}] * 5
+    assert [task["cachingOptions"] for task in spec["root"]["dag"]["tasks"].values()] == [{}] * 6

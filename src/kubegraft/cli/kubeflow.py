@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _CONNECTION = "Kubeflow Pipelines"
 _ENDPOINT_VARIABLE = "KUBEGRAFT_KFP_ENDPOINT"
+_NAMESPACE_VARIABLE = "KUBEGRAFT_KFP_NAMESPACE"
+_TOKEN_FILE_VARIABLE = "KUBEGRAFT_KFP_TOKEN_FILE"
 
 _SOURCE = input_argument(
     "source",
@@ -47,10 +49,22 @@ _connection_options = option_group(
         },
     ),
     ("--ui-url", {"default": "", "metavar": "URL", "help": "UI for links, where it is not the endpoint."}),
-    ("--namespace", {"default": "", "help": "Your profile's namespace in a multi-user Kubeflow."}),
+    (
+        "--namespace",
+        {
+            "default": "",
+            "envvar": _NAMESPACE_VARIABLE,
+            "help": f"Your profile's namespace in a multi-user Kubeflow; {_NAMESPACE_VARIABLE} also says it.",
+        },
+    ),
     (
         "--token-file",
-        {"default": "", "metavar": "FILE", "help": "Bearer token, read before each call; it may be renewed."},
+        {
+            "default": "",
+            "envvar": _TOKEN_FILE_VARIABLE,
+            "metavar": "FILE",
+            "help": f"Bearer token, read before each call; {_TOKEN_FILE_VARIABLE} also says it.",
+        },
     ),
     (
         "--service-account",

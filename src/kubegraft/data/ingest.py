@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,12 +51,15 @@ STAGE: Final = "ingest"
 _MOST_REASONS_NAMED: Final = 3
 
 
-def ingest(output_dir: str | os.PathLike[str], config: IngestConfig) -> StageResult:
+def ingest(
+    output_dir: str | os.PathLike[str], config: IngestConfig, expected_digest: str = ""
+) -> StageResult:
     """Make a dataset directory of the images that `config.source` names.
 
     Args:
         output_dir: Directory to make.
         config: Where the images are and how they are split.
+        expected_digest: Digest that the dataset must have; "" for any.
 
     Returns:
         The published dataset. Its digest covers the bytes, class and split of every accepted image and
@@ -64,19 +68,41 @@ def ingest(output_dir: str | os.PathLike[str], config: IngestConfig) -> StageRes
     Raises:
         ConfigError: If the source does not exist, or the output lies inside of it.
         DataError: If its folders fit no layout, a class or a split has no image that can be used, or more
-            than `config.max_bad_fraction` of the files in class folders are bad.
+            than `config.max_bad_fraction` of the files in class folders are bad, or the digest is another.
         StorageError: If it can't be fetched.
         Interrupted: If the process was asked to stop; the same call continues.
     """
 
     def body(workspace: Workspace) -> Outcome:
-        return _ingest(workspace, config)
+        outcome = _ingest(workspace, config)
+        _require_expected(outcome.digest, expected_digest)
+        return outcome
 
     _require_outside(Path(output_dir), config.source)
     # The bytes behind one source can change, so that a finished output says nothing about the next call.
     return run_stage(
         STAGE, output_dir, inputs={"source": config.source}, config=config, body=body, reusable=False
     )
+
+
+def check_images(config: IngestConfig) -> StageResult:
+    """Return what `ingest` comes to now, without the dataset, which is not kept.
+
+    For a task before one that a cache may answer: the cache can't see that what is behind a URI has changed.
+
+    Raises:
+        KubegraftError: What `ingest` raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="kubegraft-check-") as directory:
+        return ingest(Path(directory, "dataset"), config)
+
+
+def _require_expected(digest: str, expected_digest: str) -> None:
+    if expected_digest and digest != expected_digest:
+        raise DataError(
+            f"`source` must not change while a run reads it. Received: images with the digest {digest[:16]}, which "
+            f"a moment ago was {expected_digest[:16]}. Wait until whatever writes there is done, and run again."
+        )
 
 
 def _require_outside(output_dir: Path, source: str) -> None:
