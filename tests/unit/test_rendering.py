@@ -200,6 +200,17 @@ def test_the_image_is_the_pipelines_or_the_one_given(monkeypatch):
     assert image() == f"registry.example/{released}"
     monkeypatch.setenv("KUBEGRAFT_TRAIN_IMAGE", "a/b:1")
     assert image() == "a/b:1"
+    assert image("--registry", "other.example") == "other.example/b:1"
+    assert image("--image", "c:1") == "c:1"
+    assert image("--accelerator-count", "1", "--image", "c:1") == "c:1"
+    result = CliRunner().invoke(main, ["render", "job", "--accelerator-count", "1"])
+    assert result.exit_code == 2
+    assert "Give --image" in result.stderr
+    for name in ("kubegraft-train:1", "kubegraft-train-gpu:1"):
+        monkeypatch.setenv("KUBEGRAFT_TRAIN_IMAGE", f"a/{name}")
+        assert image("--accelerator-count", "1") == "a/kubegraft-train-gpu:1"
+    monkeypatch.setenv("KUBEGRAFT_TRAIN_GPU_IMAGE", "d:1")
+    assert image("--accelerator-count", "1") == "d:1"
 
 
 def test_the_service_finds_the_servers_pods():
@@ -319,6 +330,9 @@ def test_it_is_written_to_a_file(tmp_path):
         (["serving", "--model", "gs://user:word@bucket/run"], "no user name, password or signature"),
         (["job", "--name", "Owls"], "lower-case"),
         (["job", "--memory", "lots"], "quantity"),
+        (["job", "--cpu", "0"], "above 0"),
+        (["job", "--image", "a:1", "--registry", "b"], "one of the two"),
+        (["serving", "--task-image", "a:1", "--registry", "b"], "one of the two"),
         (["job", "--image", "x:latest"], "never moves"),
         (["job", "--claim", ""], "where results stay"),
         (["job", "--toleration", "a:b"], "effect"),
@@ -349,6 +363,13 @@ def test_what_kubernetes_would_refuse_is_refused_here(arguments, message):
 )
 def test_parts_of_quantities(quantity, fraction, expected):
     assert scaled(quantity, fraction) == expected
+
+
+@pytest.mark.parametrize("command", ["serving", "reader"])
+def test_no_request_is_above_its_limit(command):
+    (container,) = pod_of(render(command, "--cpu", "20m", "--memory", "0.03Gi")[0])["containers"]
+    requests, limits = (container["resources"][name] for name in ("requests", "limits"))
+    assert (requests["cpu"], requests["memory"]) == (limits["cpu"], limits["memory"]) == ("20m", "0.03Gi")
 
 
 def test_names_become_labels_so_they_are_short():

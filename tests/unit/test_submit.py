@@ -464,6 +464,43 @@ def test_the_image_for_gpus_follows_the_other(names, images):
     assert all(name.startswith(start) for name, start in zip(found, images, strict=True)), found
 
 
+def test_an_image_for_gpus_beside_one_of_another_name_reaches_the_training_tasks_only():
+    in_one = PipelinePackage(FOR_GPUS).with_image(image="own:1", gpu_image="own:1")
+    executors = next(iter(yaml.safe_load_all(in_one.with_image(gpu_image="b:2").text)))["deploymentSpec"][
+        "executors"
+    ]
+    images = {name: executor["container"]["image"] for name, executor in executors.items()}
+    assert {name for name, image in images.items() if image == "b:2"} == {"exec-train-head", "exec-fine-tune"}
+    assert set(images.values()) == {"own:1", "b:2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "images"),
+    [
+        (
+            {"KUBEGRAFT_REGISTRY": "r.example"},
+            ("r.example/kubegraft-train:", "r.example/kubegraft-train-gpu:"),
+        ),
+        (
+            {"KUBEGRAFT_TRAIN_IMAGE": "r/kubegraft-train:7"},
+            ("r/kubegraft-train:7", "r/kubegraft-train-gpu:7"),
+        ),
+        ({"KUBEGRAFT_TRAIN_IMAGE": "own:1"}, ("own:1", "own:1")),
+        ({"KUBEGRAFT_TRAIN_IMAGE": "own:1", "KUBEGRAFT_TRAIN_GPU_IMAGE": "b:2"}, ("own:1", "b:2")),
+    ],
+)
+def test_an_installed_kubegraft_takes_images_from_the_environment_as_a_checkout_does(
+    variables, images, monkeypatch
+):
+    monkeypatch.setattr("kubegraft.local_run._COMPILED_DIR", ROOT / "pipelines" / "compiled")
+    monkeypatch.setattr("kubegraft.kfp_client.package.find_checkout", lambda: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = load_package("gpu").images
+    assert all(name.startswith(start) for name, start in zip(found, images, strict=True)), found
+    assert load_package("cpu").images[1].startswith(images[0])
+
+
 def test_an_image_for_gpus_is_not_guessed():
     with pytest.raises(ConfigError, match="--gpu-image"):
         PipelinePackage(FOR_GPUS).with_image(image="own:1")
