@@ -14,7 +14,19 @@ Manifest = dict[str, Any]
 
 USER: Final = 65532  # the numeric non-root user of the image
 _NAME: Final = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-_QUANTITY: Final = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_QUANTITY: Final = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_UNITS: Final = {
+    "": 1.0,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +77,7 @@ class Setting:
         for name in ("cpu", "memory"):
             if not _QUANTITY.fullmatch(getattr(self, name)):
                 raise ConfigError(
-                    f"`{name}` must be a Kubernetes quantity. Received: {name}={getattr(self, name)!r}. "
+                    f"`{name}` must be a Kubernetes quantity above 0. Received: {name}={getattr(self, name)!r}. "
                     "For example 4 or 500m of CPU, 8Gi of memory."
                 )
 
@@ -125,10 +137,24 @@ def container_security() -> Manifest:
     }
 
 
+def at_most(quantity: str, limit: str) -> str:
+    """Return the smaller of two Kubernetes quantities; a request above its limit would be refused."""
+    return min(quantity, limit, key=_amount)
+
+
+def _amount(quantity: str) -> float:
+    number, unit = _split(quantity)
+    return number * _UNITS[unit]
+
+
+def _split(quantity: str) -> tuple[float, str]:
+    number = quantity.rstrip("".join(_UNITS))
+    return float(number), quantity.removeprefix(number)
+
+
 def scaled(quantity: str, fraction: float) -> str:
     """Return a fraction of a Kubernetes quantity, in whole thousandths of CPU or whole Mi of memory."""
-    match = re.fullmatch(r"([\d.]+)([A-Za-z]*)", quantity)
-    number, unit = (float(match[1]), match[2]) if match else (1.0, "")
+    number, unit = _split(quantity)
     if unit in ("", "m"):
         thousandths = number * fraction * (1 if unit else 1000)
         return f"{thousandths:.0f}m" if thousandths % 1000 else f"{thousandths / 1000:.0f}"

@@ -7,7 +7,7 @@ from typing import Final
 
 from kubegraft.cluster_inputs import check_bucket_folder
 from kubegraft.errors import ConfigError
-from kubegraft.rendering.pods import Manifest, Setting, container_security, labels, pod_security
+from kubegraft.rendering.pods import Manifest, Setting, at_most, container_security, labels, pod_security
 from kubegraft.storage import public_uri
 
 SERVING_IMAGE: Final = "tensorflow/serving:2.19.1"
@@ -270,7 +270,11 @@ def _container(setting: Setting, model: ServedModel, name: str, ports: list[Mani
         "imagePullPolicy": "IfNotPresent",
         "ports": ports,
         "resources": {
-            "requests": {"cpu": "500m", "memory": "512Mi", "ephemeral-storage": disk[0]},
+            "requests": {
+                "cpu": at_most("500m", setting.cpu),
+                "memory": at_most("512Mi", setting.memory),
+                "ephemeral-storage": disk[0],
+            },
             "limits": {"cpu": setting.cpu, "memory": setting.memory, "ephemeral-storage": disk[1]},
         },
         "securityContext": container_security(),
