@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from kfp import compiler, dsl, kubernetes
 
 from kubegraft import submit as submitting
 from kubegraft.cli import main
@@ -307,6 +308,7 @@ def test_a_connection_is_checked_before_any_call(fields, message):
         (["--node-selector", "gpu"], "label=value"),
         (["--toleration", "gpu:NoSchedul"], "Did you mean 'NoSchedule'"),
         (["--accelerator-count", "-1"], "0 or more"),
+        (["--secret", "AWS_SECRET=word"], "name of a Secret"),
     ],
 )
 def test_what_cant_run_in_a_cluster_is_refused_before_any_call(call, kfp, flags, message):
@@ -538,6 +540,38 @@ def test_compiling_refuses_an_image_that_moves(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "never moves" in done.stderr
+
+
+def test_credentials_come_from_a_secret_by_the_names_that_clients_of_stores_know(call, kfp, tmp_path):
+    submit(call, "s3://bucket/photos", "--secret", "kubegraft-s3", "--work-claim", "results")
+    assert "kubegraft-s3" not in json.dumps(list(kfp.runs.values()))
+    text = PipelinePackage(COMPILED).with_secret("kubegraft-s3").text
+    assert "&id" not in text
+    _, platform = yaml.safe_load_all(text)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert len(executors) == len(PipelinePackage(COMPILED).tasks)
+    for executor in executors.values():
+        (secret,) = executor["secretAsEnv"]
+        assert secret == _as_kfp_writes_it(
+            tmp_path / "kfp.yaml", [key["secretKey"] for key in secret["keyToEnv"]]
+        )
+        assert {"envVar": "AWS_SECRET_ACCESS_KEY", "secretKey": "AWS_SECRET_ACCESS_KEY"} in secret["keyToEnv"]
+
+
+@dsl.component(base_image="x:1", install_kfp_package=False)
+def _nothing():
+    pass
+
+
+def _as_kfp_writes_it(path, keys):
+    @dsl.pipeline
+    def with_secret():
+        kubernetes.use_secret_as_env(_nothing(), "kubegraft-s3", {key: key for key in keys}, optional=True)
+
+    compiler.Compiler().compile(with_secret, str(path))
+    _, platform = yaml.safe_load_all(path.read_text())
+    (executor,) = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    return executor["secretAsEnv"][0]
 
 
 def test_without_caching_no_task_is_answered_from_the_cache():

@@ -23,6 +23,16 @@ _EXECUTOR_LINE: Final = re.compile(r"    exec-([\w-]+):$")
 _TRAINING: Final = ("train-head", "fine-tune")
 _CLAIM: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _SELECTOR_DEFAULT: Final = re.compile(r"^(      node_selector:\n        defaultValue: )\{\}$", re.MULTILINE)
+_SECRET_KEYS: Final = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "STORAGE_EMULATOR_HOST",
+)
 _WORK_DIR: Final = "/workspace"  # as in pipelines/_profiles.py
 _CACHE_LINE: Final = re.compile(r"^(\s+cachingOptions:)\n\s+enableCache: true$", re.MULTILINE)
 
@@ -99,11 +109,9 @@ class PipelinePackage:
             new_training = new
         elif image:
             new_training = self.image_beside(image) or _untold(image)
-        executor = ""
+        executor = ""  # both images may have one name, so that only the executor tells them apart
         lines = self.text.splitlines(keepends=True)
-        for number, line in enumerate(
-            lines
-        ):  # both may have one name, so that only the executor tells them apart
+        for number, line in enumerate(lines):
             if match := _EXECUTOR_LINE.match(line):
                 executor = match[1]
             elif match := _IMAGE_LINE.match(line):
@@ -145,10 +153,45 @@ class PipelinePackage:
             named = {"runtimeValue": {"constant": claim}}
             mount = {"mountPath": _WORK_DIR, "constant": claim, "pvcNameParameter": named}
             platforms[name].setdefault("pvcMount", []).append(mount)
+        return self._rewritten(spec, platform)
+
+    def with_secret(self, secret: str) -> PipelinePackage:
+        """Return the pipeline with the credentials of buckets in every task, from a Secret's keys; "" for none.
+
+        KFP takes keys by name only, so it is those that the clients of stores know; a Secret need not have all.
+
+        Raises:
+            ConfigError: If it is no name that a Secret can have.
+        """
+        if not secret:
+            return self
+        if not _CLAIM.fullmatch(secret):
+            raise ConfigError(
+                f"`secret` must be the name of a Secret, never what is in it. Received: {len(secret)} characters that "
+                "are no name. For example kubegraft-s3."
+            )
+        import yaml
+
+        spec, platform = yaml.safe_load_all(self.text)
+        keys = [{"envVar": key, "secretKey": key} for key in _SECRET_KEYS]
+        named = {"runtimeValue": {"constant": secret}}
+        variables = {"secretName": secret, "secretNameParameter": named, "keyToEnv": keys, "optional": True}
+        for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+            executor.setdefault("secretAsEnv", []).append(variables)
+        return self._rewritten(spec, platform)
+
+    def _rewritten(self, spec: dict[str, Any], platform: dict[str, Any]) -> PipelinePackage:
+        import yaml
+
+        class Dumper(yaml.SafeDumper):
+            """Dumper without anchors."""
+
+            def ignore_aliases(self, data: Any) -> bool:
+                return True
+
         header = self.text[: self.text.index("\ncomponents:") + 1]
-        return PipelinePackage(
-            header + yaml.safe_dump_all([spec, platform], sort_keys=True, allow_unicode=True)
-        )
+        documents = yaml.dump_all([spec, platform], Dumper=Dumper, sort_keys=True, allow_unicode=True)
+        return PipelinePackage(header + documents)
 
     def with_node_selector(self, labels: Mapping[str, str]) -> PipelinePackage:
         """Return the pipeline with another default of its parameter `node_selector`; {} keeps it."""
