@@ -331,6 +331,8 @@ def test_it_is_written_to_a_file(tmp_path):
         (["job", "--name", "Owls"], "lower-case"),
         (["job", "--memory", "lots"], "quantity"),
         (["job", "--cpu", "0"], "above 0"),
+        (["job", "--namespace", "Team"], "`namespace` must be a name"),
+        (["job", "--secret", "AWS_KEY"], "`secret` must be a name"),
         (["job", "--image", "a:1", "--registry", "b"], "one of the two"),
         (["serving", "--task-image", "a:1", "--registry", "b"], "one of the two"),
         (["job", "--image", "x:latest"], "never moves"),
@@ -370,6 +372,13 @@ def test_no_request_is_above_its_limit(command):
     (container,) = pod_of(render(command, "--cpu", "20m", "--memory", "0.03Gi")[0])["containers"]
     requests, limits = (container["resources"][name] for name in ("requests", "limits"))
     assert (requests["cpu"], requests["memory"]) == (limits["cpu"], limits["memory"]) == ("20m", "0.03Gi")
+
+
+def test_objects_that_others_made_may_have_any_name():
+    claim = "datasets.of-the-team-that-takes-photographs-of-owls"
+    assert pod_of(by_kind(render("job", "--claim", claim))["Job"])["volumes"][0]["persistentVolumeClaim"] == {
+        "claimName": claim
+    }
 
 
 def test_names_become_labels_so_they_are_short():

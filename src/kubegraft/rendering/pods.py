@@ -14,6 +14,7 @@ Manifest = dict[str, Any]
 
 USER: Final = 65532  # the numeric non-root user of the image
 _NAME: Final = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+_EXISTING: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # of objects that others made
 _QUANTITY: Final = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 _UNITS: Final = {
     "": 1.0,
@@ -68,11 +69,17 @@ class Setting:
             )
         if self.publish_uri and not (self.claim and self.publish_uri.startswith("/")):
             check_bucket_folder("publish", self.publish_uri)
-        for name in ("name", "claim", "service_account"):
-            if (name != "claim" or self.claim) and not _NAME.fullmatch(getattr(self, name)):
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                "`name` must be at most 40 lower-case letters, digits and dashes, and begin with a letter. "
+                f"Received: name={self.name!r}."
+            )
+        for name in ("namespace", "claim", "service_account", "secret"):
+            value = getattr(self, name)
+            if value and not _EXISTING.fullmatch(value):
                 raise ConfigError(
-                    f"`{name}` must be at most 40 lower-case letters, digits and dashes, and begin with a letter. "
-                    f"Received: {name}={getattr(self, name)!r}."
+                    f"`{name}` must be a name that Kubernetes takes: lower-case letters, digits, dashes and dots. "
+                    f"Received: {name}={value!r}."
                 )
         for name in ("cpu", "memory"):
             if not _QUANTITY.fullmatch(getattr(self, name)):
