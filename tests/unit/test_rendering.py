@@ -32,6 +32,7 @@ COMMANDS = {
     "serving by kubegraft": ["serving", "--server", "kubegraft"],
     "serving from a bucket by kubegraft": ["serving", "--model", "gs://bucket/owls", "--server", "kubegraft"],
     "serving from a bucket": ["serving", "--model", "gs://bucket/owls", "--secret", "keys"],
+    "serving from a bucket where there is no volume": ["serving", "--model", "gs://b/owls", "--claim", ""],
     "serving from a bucket by KServe": ["serving", "--model", "s3://bucket/owls", "--server", "kserve"],
     "reader": ["reader", "--namespace", "team"],
 }
@@ -337,6 +338,8 @@ def test_it_is_written_to_a_file(tmp_path):
         (["serving", "--task-image", "a:1", "--registry", "b"], "one of the two"),
         (["job", "--image", "x:latest"], "never moves"),
         (["job", "--claim", ""], "where results stay"),
+        (["reader", "--claim", ""], "Give --claim NAME."),
+        (["serving", "--claim", ""], "or --model"),
         (["job", "--toleration", "a:b"], "effect"),
         (["cronjob", "--cron", "0 0 3 * * *"], "five fields"),
         (["cronjob", *CRON, "--time-zone", "Europe/Berlinn"], "Did you mean 'Europe/Berlin'"),

@@ -111,6 +111,11 @@ def _check_cron(cron: str, time_zone: str) -> None:
 
 def _config_map(run_config: RunConfig, setting: Setting) -> Manifest:
     check_inputs(run_config, on_volume=True)
+    if not (setting.claim or setting.publish_uri):
+        raise ConfigError(
+            "`claim` or `publish` must say where results stay. Received: neither, and a pod's own disk goes "
+            "with the pod. Give --claim NAME, or --publish gs://bucket/folder."
+        )
     data = {"run.yaml": to_yaml(run_config)}
     return {
         "apiVersion": "v1",

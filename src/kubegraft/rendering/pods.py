@@ -62,11 +62,6 @@ class Setting:
         Raises:
             ConfigError: If a name or an amount has a form that Kubernetes does not take.
         """
-        if not (self.claim or self.publish_uri):
-            raise ConfigError(
-                "`claim` or `publish` must say where results stay. Received: neither, and a pod's own disk goes "
-                "with the pod. Give --claim NAME, or --publish gs://bucket/folder."
-            )
         if self.publish_uri and not (self.claim and self.publish_uri.startswith("/")):
             check_bucket_folder("publish", self.publish_uri)
         if not _NAME.fullmatch(self.name):
@@ -87,6 +82,21 @@ class Setting:
                     f"`{name}` must be a Kubernetes quantity above 0. Received: {name}={getattr(self, name)!r}. "
                     "For example 4 or 500m of CPU, 8Gi of memory."
                 )
+
+    def require_claim(self, otherwise: str = "") -> None:
+        """Raise unless there is a volume.
+
+        Args:
+            otherwise: What else the user may give, for the message.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        if not self.claim:
+            raise ConfigError(
+                "`claim` must name the PersistentVolumeClaim that a run left its results on. Received: claim=''. "
+                f"Give --claim NAME{otherwise}."
+            )
 
     def metadata(self, component: str, name: str = "") -> Manifest:
         """Return the metadata of an object; `component` is `task` or `serving`."""

@@ -15,6 +15,7 @@ def render_reader(setting: Setting) -> list[Manifest]:
     `kubectl cp` needs `tar` in the pod, which the image of the tasks has. The pod's label is none that a network
     policy of manifests/ opens anything for.
     """
+    setting.require_claim()
     name = f"{setting.name}-reader"
     container = {
         "name": "reader",

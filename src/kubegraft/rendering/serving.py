@@ -81,6 +81,8 @@ def render_serving(setting: Setting, server: str, model: ServedModel) -> list[Ma
             clusters that can't pull TensorFlow Serving's; or `kserve`.
         model: Where the model is.
     """
+    if not model.uri:
+        setting.require_claim(", or --model gs://bucket/folder")
     policies = [_egress_policy(setting)] if model.uri else []
     if server == "kserve":
         ports: list[Manifest] = [{"name": "http1", "containerPort": _REST_PORT, "protocol": "TCP"}]
