@@ -2,6 +2,7 @@
 
     slim.py packages ENVIRONMENT          remove what is never used, strip, compile, set file times
     slim.py code ENVIRONMENT OUTPUT       put kubegraft's own files, compiled, and the SBOM into OUTPUT
+    slim.py part PATH                     compile one package, in a process of its own
 
 Needs the standard library only. File times are SOURCE_DATE_EPOCH; bytecode is compiled unchecked, since neither
 its sources nor their times ever change in an image.
@@ -9,10 +10,10 @@ its sources nor their times ever change in an image.
 
 import compileall
 import concurrent.futures
-import multiprocessing
 import os
 import py_compile
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def main(arguments: list[str]) -> int:
     command, environment, *rest = arguments
     if command == "packages":
         slim(Path(environment))
+    elif command == "part":
+        compile_part(Path(environment))
     else:
         collect(Path(environment), Path(rest[0]))
     return 0
@@ -93,10 +96,9 @@ def compile_all(directory: Path) -> None:
     objects that somebody else refers to.
     """
     parts = sorted(path for path in (directory / "lib").glob("python3.*/site-packages/*"))
-    with concurrent.futures.ProcessPoolExecutor(
-        max_tasks_per_child=1, mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        list(pool.map(compile_part, parts))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [[sys.executable, __file__, "part", str(path)] for path in parts]
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     when = int(os.environ["SOURCE_DATE_EPOCH"])
     for path in (directory, *directory.rglob("*")):
         os.utime(path, (when, when), follow_symlinks=False)
