@@ -2,15 +2,18 @@
 
     slim.py packages ENVIRONMENT          remove what is never used, strip, compile, set file times
     slim.py code ENVIRONMENT OUTPUT       put kubegraft's own files, compiled, and the SBOM into OUTPUT
+    slim.py part PATH                     compile one package, in a process of its own
 
 Needs the standard library only. File times are SOURCE_DATE_EPOCH; bytecode is compiled unchecked, since neither
 its sources nor their times ever change in an image.
 """
 
 import compileall
+import concurrent.futures
 import os
 import py_compile
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +44,8 @@ def main(arguments: list[str]) -> int:
     command, environment, *rest = arguments
     if command == "packages":
         slim(Path(environment))
+    elif command == "part":
+        compile_part(Path(environment))
     else:
         collect(Path(environment), Path(rest[0]))
     return 0
@@ -85,13 +90,28 @@ def collect(environment: Path, output: Path) -> None:
 
 
 def compile_all(directory: Path) -> None:
-    """Compile every module below `directory` and give all files one time."""
-    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    # Some packages carry sources of other Pythons, or templates; they have no bytecode and never needed it.
-    compileall.compile_dir(directory, quiet=2, force=True, invalidation_mode=mode, workers=0, maxlevels=40)
+    """Compile every module below `directory` and give all files one time.
+
+    A process of its own for each package: what else a process has compiled shows in the bytecode, which marks the
+    objects that somebody else refers to.
+    """
+    parts = sorted(path for path in (directory / "lib").glob("python3.*/site-packages/*"))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [[sys.executable, __file__, "part", str(path)] for path in parts]
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     when = int(os.environ["SOURCE_DATE_EPOCH"])
     for path in (directory, *directory.rglob("*")):
         os.utime(path, (when, when), follow_symlinks=False)
+
+
+def compile_part(path: Path) -> None:
+    """Compile one package or module; a constant hash in place of its time says that it never changes."""
+    # Some packages carry sources of other Pythons, or templates; they have no bytecode and never needed it.
+    settings = {"quiet": 2, "force": True, "invalidation_mode": py_compile.PycInvalidationMode.UNCHECKED_HASH}
+    if path.is_dir():
+        compileall.compile_dir(path, maxlevels=40, workers=1, **settings)
+    elif path.suffix == ".py":
+        compileall.compile_file(path, **settings)
 
 
 def site_packages(environment: Path) -> Path:

@@ -32,7 +32,16 @@ from kubegraft.reporting import metrics
 from kubegraft.reporting.events import RUN_NAME_VARIABLE, log_event, run_name
 from kubegraft.run_config import RunConfig, pipeline_parameters
 from kubegraft.run_log import RunLog, without_executor_echo
-from kubegraft.run_results import RESULTS, find_run_dir, publish, read_results, summarise, tidy, write_summary
+from kubegraft.run_results import (
+    RESULTS,
+    UNPUBLISHED_FILE,
+    find_run_dir,
+    publish,
+    read_results,
+    summarise,
+    tidy,
+    write_summary,
+)
 from kubegraft.stage import FRESH_VARIABLE
 from kubegraft.unchanged import unchanged_summary
 
@@ -92,9 +101,13 @@ def _run_and_publish(
     summary = summarise(output, results, to_values(run_config), time.monotonic() - started)
     if publish_uri:
         summary["published"] = storage.public_uri(publish_uri)
+        (
+            output_dir / UNPUBLISHED_FILE
+        ).touch()  # the summary travels too, so it can't say what is yet to be done
     write_summary(summary, output_dir)
     if publish_uri:
         storage.publish_tree(output_dir, publish_uri, only=RESULTS)
+        (output_dir / UNPUBLISHED_FILE).unlink()
     tidy(run_dir, output_dir, results)
     return summary
 

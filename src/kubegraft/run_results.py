@@ -35,6 +35,7 @@ _PUBLISHED: Final[Mapping[str, str]] = {
     "export/export_model": "model",
 }
 SUMMARY_FILE: Final = "run.json"
+UNPUBLISHED_FILE: Final = ".kubegraft-unpublished"  # there from when results are new until they are published
 RESULTS: Final = (*_PUBLISHED.values(), SUMMARY_FILE)  # what a run comes to; the rest is for the next run
 _WORK_DIRS_KEPT: Final = 5
 _WORK_DIR: Final = re.compile(r"(?P<stage>[a-z_]+)-[0-9a-f]{20}")
@@ -116,11 +117,6 @@ def summarise(
         seconds: How long the run took.
     """
     fine_tuned, evaluated = results["fine_tune"].metrics, results["evaluate"].metrics
-    public = {
-        **config,
-        "ingest": {**config["ingest"], "source": public_uri(config["ingest"]["source"])},
-        "head": {**config["head"], "weights": public_uri(config["head"]["weights"])},
-    }
     return {
         "kubegraft": __version__,
         "output": output,
@@ -136,7 +132,16 @@ def summarise(
         "kept": results["fine_tune"].provenance.get("kept"),
         "seconds": round(seconds, 1),
         "digests": {stage: result.digest for stage, result in results.items()},
-        "config": public,
+        "config": public_config(config),
+    }
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's config, as nested plain values, without what URIs may hold of credentials."""
+    return {
+        **config,
+        "ingest": {**config["ingest"], "source": public_uri(config["ingest"]["source"])},
+        "head": {**config["head"], "weights": public_uri(config["head"]["weights"])},
     }
 
 

@@ -35,6 +35,7 @@ class Submission:
         registry: Registry of that image; "" for the released one's.
         gpu_image: Image of the training tasks where they ask for accelerators; "" for the one beside `image`.
         work_claim: PersistentVolumeClaim of the tasks' work directories; "" for none.
+        secret: Secret whose keys become variables of the tasks, for credentials of buckets; "" for none.
         caching: Whether KFP may answer a task from its cache; ingest it never may.
         service_account: Account of the pods; "" for the installation's own.
         pipeline_root: Where artifacts go; "" for the installation's own.
@@ -49,6 +50,7 @@ class Submission:
     registry: str = ""
     gpu_image: str = ""
     work_claim: str = ""
+    secret: str = ""
     caching: bool = True
     service_account: str = ""
     pipeline_root: str = ""
@@ -63,7 +65,7 @@ class Submission:
         package = load_package("gpu" if gpu else "cpu").with_image(
             image=self.image, registry=self.registry, gpu_image=self.gpu_image if gpu else ""
         )
-        package = package.with_work_claim(self.work_claim)
+        package = package.with_work_claim(self.work_claim).with_secret(self.secret)
         return package if self.caching else package.without_caching()
 
 

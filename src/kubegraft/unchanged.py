@@ -19,10 +19,10 @@ from typing import Any, Final
 from kubegraft import __version__, storage
 from kubegraft.child_processes import stopping_children
 from kubegraft.config_file import to_values, to_yaml
-from kubegraft.errors import Interrupted, KubegraftError
+from kubegraft.errors import Interrupted, KubegraftError, StorageError
 from kubegraft.reporting.events import log_event
 from kubegraft.run_config import RunConfig
-from kubegraft.run_results import SUMMARY_FILE
+from kubegraft.run_results import SUMMARY_FILE, UNPUBLISHED_FILE, public_config
 
 _STAGE: Final = "run"
 
@@ -60,16 +60,21 @@ def unchanged_summary(
 def _earlier_summary(output_dir: Path, publish_uri: str) -> dict[str, Any] | None:
     local = output_dir / SUMMARY_FILE
     if local.exists() and (output_dir / "model").is_dir():
-        return _read(local)
+        summary = _read(local)
+        if summary and (output_dir / UNPUBLISHED_FILE).exists():
+            return {**summary, "published": ""}  # that run ended before its results were there
+        return summary
     if not publish_uri:
         return None
     with tempfile.TemporaryDirectory() as directory:
-        fetched = Path(directory, SUMMARY_FILE)
-        uri = f"{publish_uri.rstrip('/')}/{SUMMARY_FILE}"
-        if not storage.exists(uri):
+        fetched = Path(directory, "published")
+        if not storage.exists(f"{publish_uri.rstrip('/')}/{SUMMARY_FILE}"):
             return None
-        storage.fetch_file(uri, fetched)
-        return _read(fetched)
+        try:
+            storage.fetch_whole_tree(publish_uri, fetched, part=SUMMARY_FILE)
+        except StorageError:  # a publication that was broken off, which the run mends
+            return None
+        return _read(fetched / SUMMARY_FILE)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -82,8 +87,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _difference(summary: Mapping[str, Any], run_config: RunConfig, publish_uri: str) -> str:
-    values = to_values(run_config)
-    values["ingest"]["source"] = storage.public_uri(values["ingest"]["source"])
+    values = public_config(to_values(run_config))
     if summary.get("kubegraft") != __version__:
         return f"the run before was by kubegraft {summary.get('kubegraft')}"
     if summary.get("config") != json.loads(json.dumps(values)):

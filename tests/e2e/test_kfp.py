@@ -14,12 +14,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.conftest import ROOT, is_one_of_few
+from tests.e2e.conftest import ROOT, is_image, is_one_of_few
 from tests.e2e.kube import restricted_pod
 
 pytestmark = pytest.mark.skipif(
@@ -147,9 +146,9 @@ def zipped(photographs, keep):
 
 
 def one_more_than_few(photographs):
-    last = sorted(path for path in (photographs / "train" / "0").iterdir() if path.suffix == ".jpg")
-    extra = next(path.name for path in last if not is_one_of_few(path.relative_to(photographs)))
-    return lambda name: is_one_of_few(name) or name == Path("train", "0", extra)
+    names = sorted(path.relative_to(photographs) for path in (photographs / "train" / "0").iterdir())
+    extra = next(name for name in names if is_image(name) and not is_one_of_few(name))
+    return lambda name: is_one_of_few(name) or name == extra
 
 
 @pytest.fixture(scope="module")

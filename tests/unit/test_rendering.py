@@ -32,6 +32,7 @@ COMMANDS = {
     "serving by kubegraft": ["serving", "--server", "kubegraft"],
     "serving from a bucket by kubegraft": ["serving", "--model", "gs://bucket/owls", "--server", "kubegraft"],
     "serving from a bucket": ["serving", "--model", "gs://bucket/owls", "--secret", "keys"],
+    "serving from a bucket where there is no volume": ["serving", "--model", "gs://b/owls", "--claim", ""],
     "serving from a bucket by KServe": ["serving", "--model", "s3://bucket/owls", "--server", "kserve"],
     "reader": ["reader", "--namespace", "team"],
 }
@@ -200,6 +201,17 @@ def test_the_image_is_the_pipelines_or_the_one_given(monkeypatch):
     assert image() == f"registry.example/{released}"
     monkeypatch.setenv("KUBEGRAFT_TRAIN_IMAGE", "a/b:1")
     assert image() == "a/b:1"
+    assert image("--registry", "other.example") == "other.example/b:1"
+    assert image("--image", "c:1") == "c:1"
+    assert image("--accelerator-count", "1", "--image", "c:1") == "c:1"
+    result = CliRunner().invoke(main, ["render", "job", "--accelerator-count", "1"])
+    assert result.exit_code == 2
+    assert "Give --image" in result.stderr
+    for name in ("kubegraft-train:1", "kubegraft-train-gpu:1"):
+        monkeypatch.setenv("KUBEGRAFT_TRAIN_IMAGE", f"a/{name}")
+        assert image("--accelerator-count", "1") == "a/kubegraft-train-gpu:1"
+    monkeypatch.setenv("KUBEGRAFT_TRAIN_GPU_IMAGE", "d:1")
+    assert image("--accelerator-count", "1") == "d:1"
 
 
 def test_the_service_finds_the_servers_pods():
@@ -306,10 +318,28 @@ def test_it_is_written_to_a_file(tmp_path):
     ("arguments", "message"),
     [
         (["job", "photos"], "absolute path in the pod"),
+        (["job", "s3:/photos"], "absolute path in the pod"),
+        (["job", "ftp://host/photos"], "must begin with one of"),
+        (["job", "https://user:word@host/photos.zip"], "no user name, password or signature"),
+        (["job", "https://host/photos.zip?X-Amz-Signature=word"], "no user name, password or signature"),
+        (["job", "--weights", "own.weights.h5"], "`weights` must be a URI or an absolute path"),
+        (["job", "--backbone", "resnet5"], "Did you mean"),
+        (["job", "--publish", "results"], "`publish` must be a gs:// or s3://"),
+        (["job", "--publish", "s3://user:word@bucket/results"], "no user name, password or signature"),
+        (["job", "--publish", "gs://"], "must name a bucket"),
+        (["job", "--claim", "", "--publish", "/workspace/results"], "`publish` must be a gs:// or s3://"),
+        (["serving", "--model", "gs://user:word@bucket/run"], "no user name, password or signature"),
         (["job", "--name", "Owls"], "lower-case"),
         (["job", "--memory", "lots"], "quantity"),
+        (["job", "--cpu", "0"], "above 0"),
+        (["job", "--namespace", "Team"], "`namespace` must be a name"),
+        (["job", "--secret", "AWS_KEY"], "`secret` must be a name"),
+        (["job", "--image", "a:1", "--registry", "b"], "one of the two"),
+        (["serving", "--task-image", "a:1", "--registry", "b"], "one of the two"),
         (["job", "--image", "x:latest"], "never moves"),
         (["job", "--claim", ""], "where results stay"),
+        (["reader", "--claim", ""], "Give --claim NAME."),
+        (["serving", "--claim", ""], "or --model"),
         (["job", "--toleration", "a:b"], "effect"),
         (["cronjob", "--cron", "0 0 3 * * *"], "five fields"),
         (["cronjob", *CRON, "--time-zone", "Europe/Berlinn"], "Did you mean 'Europe/Berlin'"),
@@ -323,6 +353,7 @@ def test_what_kubernetes_would_refuse_is_refused_here(arguments, message):
     result = CliRunner().invoke(main, ["render", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
+    assert "word" not in result.stderr.replace("password", "")
 
 
 @pytest.mark.parametrize(
@@ -337,6 +368,20 @@ def test_what_kubernetes_would_refuse_is_refused_here(arguments, message):
 )
 def test_parts_of_quantities(quantity, fraction, expected):
     assert scaled(quantity, fraction) == expected
+
+
+@pytest.mark.parametrize("command", ["serving", "reader"])
+def test_no_request_is_above_its_limit(command):
+    (container,) = pod_of(render(command, "--cpu", "20m", "--memory", "0.03Gi")[0])["containers"]
+    requests, limits = (container["resources"][name] for name in ("requests", "limits"))
+    assert (requests["cpu"], requests["memory"]) == (limits["cpu"], limits["memory"]) == ("20m", "0.03Gi")
+
+
+def test_objects_that_others_made_may_have_any_name():
+    claim = "datasets.of-the-team-that-takes-photographs-of-owls"
+    assert pod_of(by_kind(render("job", "--claim", claim))["Job"])["volumes"][0]["persistentVolumeClaim"] == {
+        "claimName": claim
+    }
 
 
 def test_names_become_labels_so_they_are_short():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from kfp import compiler, dsl, kubernetes
 
 from kubegraft import submit as submitting
 from kubegraft.cli import main
@@ -297,6 +298,9 @@ def test_a_connection_is_checked_before_any_call(fields, message):
         (["photos"], "a path on this machine"),
         (["/data/photos"], "a path on this machine"),
         (["--weights", "resnet.weights.h5"], "`weights` must be a URI"),
+        (["ftp://host/photos"], "must begin with one of"),
+        (["https://user:word@host/photos.zip"], "no user name, password or signature"),
+        (["--weights", "https://host/own.h5?token=word"], "no user name, password or signature"),
         (["--backbone", "resnet5"], "Did you mean"),
         (["--image", "registry.example/train"], "a tag or digest"),
         (["--image", "registry.example:5000/train:latest"], "a tag or digest"),
@@ -304,6 +308,7 @@ def test_a_connection_is_checked_before_any_call(fields, message):
         (["--node-selector", "gpu"], "label=value"),
         (["--toleration", "gpu:NoSchedul"], "Did you mean 'NoSchedule'"),
         (["--accelerator-count", "-1"], "0 or more"),
+        (["--secret", "AWS_SECRET=word"], "name of a Secret"),
     ],
 )
 def test_what_cant_run_in_a_cluster_is_refused_before_any_call(call, kfp, flags, message):
@@ -461,6 +466,43 @@ def test_the_image_for_gpus_follows_the_other(names, images):
     assert all(name.startswith(start) for name, start in zip(found, images, strict=True)), found
 
 
+def test_an_image_for_gpus_beside_one_of_another_name_reaches_the_training_tasks_only():
+    in_one = PipelinePackage(FOR_GPUS).with_image(image="own:1", gpu_image="own:1")
+    executors = next(iter(yaml.safe_load_all(in_one.with_image(gpu_image="b:2").text)))["deploymentSpec"][
+        "executors"
+    ]
+    images = {name: executor["container"]["image"] for name, executor in executors.items()}
+    assert {name for name, image in images.items() if image == "b:2"} == {"exec-train-head", "exec-fine-tune"}
+    assert set(images.values()) == {"own:1", "b:2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "images"),
+    [
+        (
+            {"KUBEGRAFT_REGISTRY": "r.example"},
+            ("r.example/kubegraft-train:", "r.example/kubegraft-train-gpu:"),
+        ),
+        (
+            {"KUBEGRAFT_TRAIN_IMAGE": "r/kubegraft-train:7"},
+            ("r/kubegraft-train:7", "r/kubegraft-train-gpu:7"),
+        ),
+        ({"KUBEGRAFT_TRAIN_IMAGE": "own:1"}, ("own:1", "own:1")),
+        ({"KUBEGRAFT_TRAIN_IMAGE": "own:1", "KUBEGRAFT_TRAIN_GPU_IMAGE": "b:2"}, ("own:1", "b:2")),
+    ],
+)
+def test_an_installed_kubegraft_takes_images_from_the_environment_as_a_checkout_does(
+    variables, images, monkeypatch
+):
+    monkeypatch.setattr("kubegraft.local_run._COMPILED_DIR", ROOT / "pipelines" / "compiled")
+    monkeypatch.setattr("kubegraft.kfp_client.package.find_checkout", lambda: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = load_package("gpu").images
+    assert all(name.startswith(start) for name, start in zip(found, images, strict=True)), found
+    assert load_package("cpu").images[1].startswith(images[0])
+
+
 def test_an_image_for_gpus_is_not_guessed():
     with pytest.raises(ConfigError, match="--gpu-image"):
         PipelinePackage(FOR_GPUS).with_image(image="own:1")
@@ -498,6 +540,38 @@ def test_compiling_refuses_an_image_that_moves(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "never moves" in done.stderr
+
+
+def test_credentials_come_from_a_secret_by_the_names_that_clients_of_stores_know(call, kfp, tmp_path):
+    submit(call, "s3://bucket/photos", "--secret", "kubegraft-s3", "--work-claim", "results")
+    assert "kubegraft-s3" not in json.dumps(list(kfp.runs.values()))
+    text = PipelinePackage(COMPILED).with_secret("kubegraft-s3").text
+    assert "&id" not in text
+    _, platform = yaml.safe_load_all(text)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert len(executors) == len(PipelinePackage(COMPILED).tasks)
+    for executor in executors.values():
+        (secret,) = executor["secretAsEnv"]
+        assert secret == _as_kfp_writes_it(
+            tmp_path / "kfp.yaml", [key["secretKey"] for key in secret["keyToEnv"]]
+        )
+        assert {"envVar": "AWS_SECRET_ACCESS_KEY", "secretKey": "AWS_SECRET_ACCESS_KEY"} in secret["keyToEnv"]
+
+
+@dsl.component(base_image="x:1", install_kfp_package=False)
+def _nothing():
+    pass
+
+
+def _as_kfp_writes_it(path, keys):
+    @dsl.pipeline
+    def with_secret():
+        kubernetes.use_secret_as_env(_nothing(), "kubegraft-s3", {key: key for key in keys}, optional=True)
+
+    compiler.Compiler().compile(with_secret, str(path))
+    _, platform = yaml.safe_load_all(path.read_text())
+    (executor,) = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    return executor["secretAsEnv"][0]
 
 
 def test_without_caching_no_task_is_answered_from_the_cache():

@@ -1,10 +1,11 @@
+import functools
 import json
 import shutil
 
 import pytest
 from click.testing import CliRunner
 
-from kubegraft import __version__, unchanged
+from kubegraft import __version__, storage, unchanged
 from kubegraft.cli import main
 from kubegraft.config_file import to_values
 from kubegraft.run_config import from_parameters
@@ -94,6 +95,42 @@ def test_an_earlier_run_is_found_where_it_was_published(finished, tmp_path, monk
     (tmp_path / "published" / "run.json").write_text(json.dumps(summary | {"published": uri}))
     assert unchanged_summary(config, output_dir, uri)["skipped"]
     assert unchanged_summary(config, output_dir) is None
+
+
+@pytest.mark.usefixtures("no_reading")
+def test_a_run_whose_results_were_not_published_is_due(finished, tmp_path, capfd):
+    uri = str(tmp_path / "published")
+    config, output_dir = finished("d", published=uri)
+    (output_dir / ".kubegraft-unpublished").touch()
+    assert unchanged_summary(config, output_dir, uri) is None
+    assert "was not published" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("object_store", ["gs", "s3"], indirect=True)
+def test_a_publication_that_was_broken_off_is_due(finished, object_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(unchanged, "_digest_now", lambda *_: "d")
+    at_once = functools.partial(storage.fetch_whole_tree, retry_waits_seconds=())
+    monkeypatch.setattr(storage, "fetch_whole_tree", at_once)
+    uri = object_store.folder
+    config, output_dir = finished("d", published=uri)
+    storage.publish_tree(output_dir, uri)
+    shutil.rmtree(output_dir)
+    assert unchanged_summary(config, output_dir, uri)["skipped"]
+    storage.fetch_file(f"{uri}/_kubegraft.json", tmp_path / "record")
+    record = json.loads((tmp_path / "record").read_text())
+    object_store.put({"_kubegraft.json": json.dumps(record | {"state": "publishing"}).encode()})
+    assert unchanged_summary(config, output_dir, uri) is None
+
+
+def test_credentials_of_weights_are_no_change(finished, monkeypatch):
+    config, output_dir = finished("d")
+    weights = "https://user:word@example/w.h5?sig=1"
+    config = config.with_values({("head", "weights"): weights})
+    summary = json.loads((output_dir / "run.json").read_text())
+    summary["config"]["head"]["weights"] = "https://example/w.h5"
+    (output_dir / "run.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(unchanged, "_digest_now", lambda *_: "d")
+    assert unchanged_summary(config, output_dir)["skipped"]
 
 
 def test_a_run_that_would_repeat_the_one_before_ends_green_with_the_reason(finished, monkeypatch):

@@ -101,6 +101,14 @@ _cluster_options = cluster_option_group(
             "help": "Volume claim, for retries that continue from a checkpoint.",
         },
     ),
+    (
+        "--secret",
+        {
+            "default": "",
+            "metavar": "NAME",
+            "help": "Secret whose keys (AWS_ACCESS_KEY_ID, ...) become variables: credentials of buckets.",
+        },
+    ),
     ("--pod-service-account", {"default": "", "metavar": "NAME", "help": "Service account of the pods."}),
     ("--pipeline-root", {"default": "", "metavar": "URI", "help": "Where KFP keeps the artifacts."}),
     ("--caching/--no-caching", {"default": True, "help": "Let KFP reuse finished tasks.  [default: on]"}),
@@ -152,7 +160,16 @@ def _with_submission(function: Command) -> Command:
     ) -> Any:
         from kubegraft.submit import Submission
 
-        names = ("pipeline", "experiment", "image", "registry", "gpu_image", "work_claim", "caching")
+        names = (
+            "pipeline",
+            "experiment",
+            "image",
+            "registry",
+            "gpu_image",
+            "work_claim",
+            "secret",
+            "caching",
+        )
         submission = Submission(
             run_config=run_config,
             placement=placement,

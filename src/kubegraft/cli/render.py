@@ -58,7 +58,6 @@ _image_only_options = cluster_option_group(
         "--registry",
         {
             "default": "",
-            "envvar": "KUBEGRAFT_REGISTRY",
             "help": "Registry of the released image, where yours has a copy.",
         },
     ),
@@ -204,13 +203,11 @@ def cronjob(
 @click.option(
     "--task-image",
     default="",
-    envvar="KUBEGRAFT_TRAIN_IMAGE",
     help="Image of the tasks, which fetches --model and has kubegraft's own server.",
 )
 @click.option(
     "--registry",
     default="",
-    envvar="KUBEGRAFT_REGISTRY",
     help="Registry of the released image of the tasks, where yours has a copy.",
 )
 @click.option(
@@ -251,7 +248,7 @@ def serving(
     model = ServedModel(
         run_name=run_name or "kubegraft",
         uri=model_uri,
-        fetch_image=released_image(image=task_image, registry="" if task_image else registry),
+        fetch_image=released_image(image=task_image, registry=registry),
         secret=secret,
     )
     setting = Setting(
@@ -294,7 +291,7 @@ def reader(
         name=name,
         namespace=namespace,
         claim=claim,
-        image=released_image(image=image, registry="" if image else registry),
+        image=released_image(image=image, registry=registry),
         service_account=pod_service_account or "kubegraft-task",
         cpu=cpu or "500m",
         memory=memory or "128Mi",

@@ -19,9 +19,21 @@ from kubegraft.local_run import COMPILED_FILES, find_checkout, import_from_check
 from kubegraft.processes import WORK_DIR_VARIABLE
 
 _HASH_DIGITS: Final = 12
-_IMAGE_LINE: Final = re.compile(r"^(\s+image: )(\S+)$", re.MULTILINE)
+_IMAGE_LINE: Final = re.compile(r"(\s+image: )\S+$")
+_EXECUTOR_LINE: Final = re.compile(r"    exec-([\w-]+):$")
+_TRAINING: Final = ("train-head", "fine-tune")
 _CLAIM: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _SELECTOR_DEFAULT: Final = re.compile(r"^(      node_selector:\n        defaultValue: )\{\}$", re.MULTILINE)
+_SECRET_KEYS: Final = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "STORAGE_EMULATOR_HOST",
+)
 _WORK_DIR: Final = "/workspace"  # as in pipelines/_profiles.py
 _ON_CLAIM: Final = {  # as in pipelines/_placement.py
     WORK_DIR_VARIABLE: _WORK_DIR,
@@ -88,10 +100,7 @@ class PipelinePackage:
                 the training tasks can't be told.
         """
         if image and registry:
-            raise ConfigError(
-                "`image` names the registry already. Received: "
-                f"image={image!r}, registry={registry!r}. Give one of the two."
-            )
+            raise _two_registries(image, registry)
         for given in filter(None, (image, gpu_image)):
             check_image(given)
         old, old_training = self.images
@@ -100,19 +109,30 @@ class PipelinePackage:
             for name in (old, old_training)
         )
         new = image or new
-        if old_training == old:
+        if gpu_image:
+            new_training = gpu_image
+        elif old_training == old:
             new_training = new
-        elif image or gpu_image:
-            new_training = gpu_image or self.image_beside(image) or _untold(image)
-        names = {old: new, old_training: new_training}
-        return PipelinePackage(_IMAGE_LINE.sub(lambda m: m[1] + names.get(m[2], m[2]), self.text))
+        elif image:
+            new_training = self.image_beside(image) or _untold(image)
+        executor = ""  # both images may have one name, so that only the executor tells them apart
+        lines = self.text.splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            if match := _EXECUTOR_LINE.match(line):
+                executor = match[1]
+            elif match := _IMAGE_LINE.match(line):
+                lines[number] = f"{match[1]}{new_training if executor in _TRAINING else new}\n"
+        return PipelinePackage("".join(lines))
 
     def image_beside(self, image: str) -> str:
-        """Return the training tasks' image that is built together with an image of the others; "" for another name."""
+        """Return the training tasks' image that is built together with an image of the others; "" for another name.
+
+        Of the training tasks' own image that is itself.
+        """
         place, slash, last = image.rpartition("/")
         name, training_name = (own.rpartition("/")[2].partition(":")[0] for own in self.images)
         found, colon, tag = last.partition(":")
-        return f"{place}{slash}{training_name}:{tag}" if colon and found == name else ""
+        return f"{place}{slash}{training_name}:{tag}" if colon and found in (name, training_name) else ""
 
     def with_work_claim(self, claim: str) -> PipelinePackage:
         """Return the pipeline with every task's work directory on a PersistentVolumeClaim; "" for none.
@@ -140,10 +160,45 @@ class PipelinePackage:
             named = {"runtimeValue": {"constant": claim}}
             mount = {"mountPath": _WORK_DIR, "constant": claim, "pvcNameParameter": named}
             platforms[name].setdefault("pvcMount", []).append(mount)
+        return self._rewritten(spec, platform)
+
+    def with_secret(self, secret: str) -> PipelinePackage:
+        """Return the pipeline with the credentials of buckets in every task, from a Secret's keys; "" for none.
+
+        KFP takes keys by name only, so it is those that the clients of stores know; a Secret need not have all.
+
+        Raises:
+            ConfigError: If it is no name that a Secret can have.
+        """
+        if not secret:
+            return self
+        if not _CLAIM.fullmatch(secret):
+            raise ConfigError(
+                f"`secret` must be the name of a Secret, never what is in it. Received: {len(secret)} characters that "
+                "are no name. For example kubegraft-s3."
+            )
+        import yaml
+
+        spec, platform = yaml.safe_load_all(self.text)
+        keys = [{"envVar": key, "secretKey": key} for key in _SECRET_KEYS]
+        named = {"runtimeValue": {"constant": secret}}
+        variables = {"secretName": secret, "secretNameParameter": named, "keyToEnv": keys, "optional": True}
+        for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+            executor.setdefault("secretAsEnv", []).append(variables)
+        return self._rewritten(spec, platform)
+
+    def _rewritten(self, spec: dict[str, Any], platform: dict[str, Any]) -> PipelinePackage:
+        import yaml
+
+        class Dumper(yaml.SafeDumper):
+            """Dumper without anchors."""
+
+            def ignore_aliases(self, data: Any) -> bool:
+                return True
+
         header = self.text[: self.text.index("\ncomponents:") + 1]
-        return PipelinePackage(
-            header + yaml.safe_dump_all([spec, platform], sort_keys=True, allow_unicode=True)
-        )
+        documents = yaml.dump_all([spec, platform], Dumper=Dumper, sort_keys=True, allow_unicode=True)
+        return PipelinePackage(header + documents)
 
     def with_node_selector(self, labels: Mapping[str, str]) -> PipelinePackage:
         """Return the pipeline with another default of its parameter `node_selector`; {} keeps it."""
@@ -186,11 +241,23 @@ def load_package(profile: str = "cpu") -> PipelinePackage:
     """
     checkout = find_checkout()
     if checkout is None:
-        return PipelinePackage(packaged_pipeline(profile).read_text(encoding="utf-8"))
+        return _as_variables_say(PipelinePackage(packaged_pipeline(profile).read_text(encoding="utf-8")))
     compile_all = import_from_checkout(checkout, "pipelines.compile").compile_all
     with tempfile.TemporaryDirectory() as directory:
         (path,) = compile_all(Path(directory), [profile])
         return PipelinePackage(path.read_text(encoding="utf-8"))
+
+
+def _as_variables_say(package: PipelinePackage) -> PipelinePackage:
+    """Return a packaged pipeline in the images that a checkout would compile it with (components/_images.py)."""
+    image = os.environ.get("KUBEGRAFT_TRAIN_IMAGE", "")
+    registry = "" if image else os.environ.get("KUBEGRAFT_REGISTRY", "")
+    gpu_image = ""
+    if len(set(package.images)) > 1:
+        gpu_image = os.environ.get("KUBEGRAFT_TRAIN_GPU_IMAGE", "")
+        if image and not gpu_image:
+            gpu_image = package.image_beside(image) or image
+    return package.with_image(image=image, registry=registry, gpu_image=gpu_image)
 
 
 def released_image(*, image: str = "", registry: str = "", gpu: bool = False) -> str:
@@ -198,13 +265,15 @@ def released_image(*, image: str = "", registry: str = "", gpu: bool = False) ->
 
     Args:
         image: Whole name; "" for that of `KUBEGRAFT_TRAIN_IMAGE` or `KUBEGRAFT_TRAIN_GPU_IMAGE`, or the released one.
-        registry: Registry of the released image, where that is taken.
+        registry: Registry to take the image of that name and tag from; "" for that of `KUBEGRAFT_REGISTRY`, or its own.
         gpu: Whether the pod gets GPUs, and so needs the image for them.
 
     Raises:
-        ConfigError: If the image has no tag or digest of its own.
+        ConfigError: If the image has no tag or digest of its own, can't be told, or names a registry beside `registry`.
         EnvironmentFault: If there is no compiled pipeline.
     """
+    if image and registry:
+        raise _two_registries(image, registry)
     if image:
         check_image(image)
         return image
@@ -215,12 +284,21 @@ def released_image(*, image: str = "", registry: str = "", gpu: bool = False) ->
         if checkout
         else packaged_pipeline(profile)
     )
+    package = PipelinePackage(compiled.read_text(encoding="utf-8"))
     named = os.environ.get("KUBEGRAFT_TRAIN_IMAGE", "")
-    named_for_gpus = os.environ.get("KUBEGRAFT_TRAIN_GPU_IMAGE", "") if gpu else ""
-    package = PipelinePackage(compiled.read_text(encoding="utf-8")).with_image(
-        image=named, registry="" if named else registry, gpu_image=named_for_gpus
+    if gpu and named and not (os.environ.get("KUBEGRAFT_TRAIN_GPU_IMAGE") or package.image_beside(named)):
+        raise ConfigError(
+            "`image` must name the image for GPUs where it can't be told from the other's name. Received: "
+            f"KUBEGRAFT_TRAIN_IMAGE={named!r}. Give --image NAME:TAG, the same again if it has TensorFlow for GPUs."
+        )
+    return _as_variables_say(package).with_image(registry=registry).images[1]
+
+
+def _two_registries(image: str, registry: str) -> ConfigError:
+    return ConfigError(
+        "`image` names the registry already. Received: "
+        f"image={image!r}, registry={registry!r}. Give one of the two."
     )
-    return package.images[1]
 
 
 def _untold(image: str) -> str:

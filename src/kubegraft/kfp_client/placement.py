@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kubegraft import storage
+from kubegraft.cluster_inputs import check_inputs
 from kubegraft.errors import ConfigError, suggestion
 from kubegraft.run_config import RunConfig, pipeline_parameters
 
 _EFFECTS: Final = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _LABEL: Final = re.compile(r"([\w.-]+/)?[\w.-]+")
-_NAMED_WEIGHTS: Final = ("imagenet", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,21 +95,8 @@ def run_parameters(run_config: RunConfig, placement: Placement) -> dict[str, Any
     """Return every parameter of the pipeline.
 
     Raises:
-        ConfigError: If the backbone is unknown, or the images or weights are where no pod can read them.
+        ConfigError: If the backbone is unknown, the images or weights are where no pod can read them, or their
+            URI holds a secret.
     """
-    from kubegraft.modeling.backbones import get_backbone
-
-    _require_uri("source", run_config.ingest.source)
-    if run_config.head.weights not in _NAMED_WEIGHTS:
-        _require_uri("weights", run_config.head.weights)
-    get_backbone(run_config.head.backbone)
+    check_inputs(run_config, on_volume=False)
     return {**pipeline_parameters(run_config), **placement.parameters()}
-
-
-def _require_uri(name: str, value: str) -> None:
-    if not (storage.is_remote(value) or value.startswith("file://")):
-        raise ConfigError(
-            f"`{name}` must be a URI that pods can read: gs://, s3://, https:// or sample://. Received: "
-            f"{name}={value!r}, a path on this machine. Copy it to a bucket; file:///path means a path in "
-            "the image."
-        )

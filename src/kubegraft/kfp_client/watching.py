@@ -77,6 +77,6 @@ def _checked(run: Any, backend: Backend, seen: dict[str, str]) -> Any:
     said = f" {run.error.message}" if run.error and run.error.message else ""
     where = f" in {', '.join(failed)}" if failed else ""
     raise KubegraftError(
-        f"The run must succeed. Received: {run.state}{where}.{said} The last line of that task's log says why: "
+        f"The run must succeed. Received: {run.state}{where}.{said} That task's log ends with the reason: "
         f"{backend.link('runs', run.run_id)}"
     )

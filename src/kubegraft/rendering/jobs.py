@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from kubegraft.accelerators import REQUIRE_VARIABLE
 from kubegraft.cache import BUDGET_VARIABLE, CACHE_VARIABLE, OPEN_BUDGET
+from kubegraft.cluster_inputs import check_inputs
 from kubegraft.config_file import to_yaml
 from kubegraft.errors import ConfigError, EnvironmentFault, KubegraftError
 from kubegraft.rendering.pods import (
@@ -39,7 +40,7 @@ def render_job(run_config: RunConfig, setting: Setting, accelerators: Accelerato
         accelerators: What the pod asks its node for.
 
     Raises:
-        ConfigError: If the images are at a relative path.
+        ConfigError: If the images or weights are where the pod can't read them, or the backbone is unknown.
     """
     config = _config_map(run_config, setting)
     template = _template(setting, accelerators, config["metadata"]["name"])
@@ -66,7 +67,7 @@ def render_cron_job(
         time_zone: Name in the time zone database, for example `Europe/Berlin`.
 
     Raises:
-        ConfigError: If the images are at a relative path, or when to run has another form.
+        ConfigError: As `render_job`, or if when to run has another form.
     """
     _check_cron(cron, time_zone)
     config = _config_map(run_config, setting)
@@ -110,11 +111,11 @@ def _check_cron(cron: str, time_zone: str) -> None:
 
 
 def _config_map(run_config: RunConfig, setting: Setting) -> Manifest:
-    source = run_config.ingest.source
-    if "://" not in source and not source.startswith("/"):
+    check_inputs(run_config, on_volume=True)
+    if not (setting.claim or setting.publish_uri):
         raise ConfigError(
-            "`source` must be a URI or an absolute path in the pod, such as /workspace/photos on the volume. Received: "
-            f"source={source!r}."
+            "`claim` or `publish` must say where results stay. Received: neither, and a pod's own disk goes "
+            "with the pod. Give --claim NAME, or --publish gs://bucket/folder."
         )
     data = {"run.yaml": to_yaml(run_config)}
     return {

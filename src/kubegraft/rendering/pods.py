@@ -7,13 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kubegraft.cluster_inputs import check_bucket_folder
 from kubegraft.errors import ConfigError
 
 Manifest = dict[str, Any]
 
 USER: Final = 65532  # the numeric non-root user of the image
 _NAME: Final = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-_QUANTITY: Final = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_EXISTING: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # of objects that others made
+_QUANTITY: Final = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_UNITS: Final = {
+    "": 1.0,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +39,7 @@ class Setting:
         namespace: Namespace; "" leaves it to kubectl.
         image: Image of the container.
         claim: PersistentVolumeClaim of the work directory; "" for the pod's own disk, where `publish_uri` is given.
-        publish_uri: Folder in a bucket that the results are published to; "" for none.
+        publish_uri: Folder in a bucket, or path on the volume, that the results are published to; "" for none.
         service_account: Account of the pods.
         cpu: CPU limit; a quarter of it is requested.
         memory: Memory limit; half of it is requested.
@@ -48,23 +62,41 @@ class Setting:
         Raises:
             ConfigError: If a name or an amount has a form that Kubernetes does not take.
         """
-        if not (self.claim or self.publish_uri):
+        if self.publish_uri and not (self.claim and self.publish_uri.startswith("/")):
+            check_bucket_folder("publish", self.publish_uri)
+        if not _NAME.fullmatch(self.name):
             raise ConfigError(
-                "`claim` or `publish` must say where results stay. Received: neither, and a pod's own disk goes "
-                "with the pod. Give --claim NAME, or --publish gs://bucket/folder."
+                "`name` must be at most 40 lower-case letters, digits and dashes, and begin with a letter. "
+                f"Received: name={self.name!r}."
             )
-        for name in ("name", "claim", "service_account"):
-            if (name != "claim" or self.claim) and not _NAME.fullmatch(getattr(self, name)):
+        for name in ("namespace", "claim", "service_account", "secret"):
+            value = getattr(self, name)
+            if value and not _EXISTING.fullmatch(value):
                 raise ConfigError(
-                    f"`{name}` must be at most 40 lower-case letters, digits and dashes, and begin with a letter. "
-                    f"Received: {name}={getattr(self, name)!r}."
+                    f"`{name}` must be a name that Kubernetes takes: lower-case letters, digits, dashes and dots. "
+                    f"Received: {name}={value!r}."
                 )
         for name in ("cpu", "memory"):
             if not _QUANTITY.fullmatch(getattr(self, name)):
                 raise ConfigError(
-                    f"`{name}` must be a Kubernetes quantity. Received: {name}={getattr(self, name)!r}. "
+                    f"`{name}` must be a Kubernetes quantity above 0. Received: {name}={getattr(self, name)!r}. "
                     "For example 4 or 500m of CPU, 8Gi of memory."
                 )
+
+    def require_claim(self, otherwise: str = "") -> None:
+        """Raise unless there is a volume.
+
+        Args:
+            otherwise: What else the user may give, for the message.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        if not self.claim:
+            raise ConfigError(
+                "`claim` must name the PersistentVolumeClaim that a run left its results on. Received: claim=''. "
+                f"Give --claim NAME{otherwise}."
+            )
 
     def metadata(self, component: str, name: str = "") -> Manifest:
         """Return the metadata of an object; `component` is `task` or `serving`."""
@@ -122,10 +154,24 @@ def container_security() -> Manifest:
     }
 
 
+def at_most(quantity: str, limit: str) -> str:
+    """Return the smaller of two Kubernetes quantities; a request above its limit would be refused."""
+    return min(quantity, limit, key=_amount)
+
+
+def _amount(quantity: str) -> float:
+    number, unit = _split(quantity)
+    return number * _UNITS[unit]
+
+
+def _split(quantity: str) -> tuple[float, str]:
+    number = quantity.rstrip("".join(_UNITS))
+    return float(number), quantity.removeprefix(number)
+
+
 def scaled(quantity: str, fraction: float) -> str:
     """Return a fraction of a Kubernetes quantity, in whole thousandths of CPU or whole Mi of memory."""
-    match = re.fullmatch(r"([\d.]+)([A-Za-z]*)", quantity)
-    number, unit = (float(match[1]), match[2]) if match else (1.0, "")
+    number, unit = _split(quantity)
     if unit in ("", "m"):
         thousandths = number * fraction * (1 if unit else 1000)
         return f"{thousandths:.0f}m" if thousandths % 1000 else f"{thousandths / 1000:.0f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kubegraft.rendering.pods import Manifest, Setting, container_security, pod_security
+from kubegraft.rendering.pods import Manifest, Setting, at_most, container_security, pod_security
 
 _LIFE_SECONDS: Final = 3600
 
@@ -15,6 +15,7 @@ def render_reader(setting: Setting) -> list[Manifest]:
     `kubectl cp` needs `tar` in the pod, which the image of the tasks has. The pod's label is none that a network
     policy of manifests/ opens anything for.
     """
+    setting.require_claim()
     name = f"{setting.name}-reader"
     container = {
         "name": "reader",
@@ -22,7 +23,11 @@ def render_reader(setting: Setting) -> list[Manifest]:
         "imagePullPolicy": "IfNotPresent",
         "command": ["sleep", str(_LIFE_SECONDS)],
         "resources": {
-            "requests": {"cpu": "50m", "memory": "64Mi", "ephemeral-storage": "64Mi"},
+            "requests": {
+                "cpu": at_most("50m", setting.cpu),
+                "memory": at_most("64Mi", setting.memory),
+                "ephemeral-storage": "64Mi",
+            },
             "limits": {"cpu": setting.cpu, "memory": setting.memory, "ephemeral-storage": "64Mi"},
         },
         "securityContext": container_security(),

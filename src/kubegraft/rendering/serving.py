@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from kubegraft.cluster_inputs import check_bucket_folder
 from kubegraft.errors import ConfigError
-from kubegraft.rendering.pods import Manifest, Setting, container_security, labels, pod_security
+from kubegraft.rendering.pods import Manifest, Setting, at_most, container_security, labels, pod_security
+from kubegraft.storage import public_uri
 
 SERVING_IMAGE: Final = "tensorflow/serving:2.19.1"
 SERVERS: Final = ("tf-serving", "kubegraft", "kserve")
@@ -44,11 +46,14 @@ class ServedModel:
         Raises:
             ConfigError: If the folder is not in a bucket.
         """
-        if self.uri and not self.uri.startswith(("gs://", "s3://")):
+        if not self.uri:
+            return
+        if not self.uri.startswith(("gs://", "s3://")):
             raise ConfigError(
                 f"`model` must be a gs:// or s3:// folder, which `kubegraft run --publish` wrote. Received: "
-                f"model={self.uri!r}. For a model on the volume give --run NAME."
+                f"model={public_uri(self.uri)!r}. For a model on the volume give --run NAME."
             )
+        check_bucket_folder("model", self.uri)
 
     @property
     def volume_name(self) -> str:
@@ -76,6 +81,8 @@ def render_serving(setting: Setting, server: str, model: ServedModel) -> list[Ma
             clusters that can't pull TensorFlow Serving's; or `kserve`.
         model: Where the model is.
     """
+    if not model.uri:
+        setting.require_claim(", or --model gs://bucket/folder")
     policies = [_egress_policy(setting)] if model.uri else []
     if server == "kserve":
         ports: list[Manifest] = [{"name": "http1", "containerPort": _REST_PORT, "protocol": "TCP"}]
@@ -265,7 +272,11 @@ def _container(setting: Setting, model: ServedModel, name: str, ports: list[Mani
         "imagePullPolicy": "IfNotPresent",
         "ports": ports,
         "resources": {
-            "requests": {"cpu": "500m", "memory": "512Mi", "ephemeral-storage": disk[0]},
+            "requests": {
+                "cpu": at_most("500m", setting.cpu),
+                "memory": at_most("512Mi", setting.memory),
+                "ephemeral-storage": disk[0],
+            },
             "limits": {"cpu": setting.cpu, "memory": setting.memory, "ephemeral-storage": disk[1]},
         },
         "securityContext": container_security(),

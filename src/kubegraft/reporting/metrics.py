@@ -89,8 +89,9 @@ class _Metrics:
     def close(self) -> None:
         """Write the file a last time, and close the port."""
         if self._close is not None:
-            close, self._close = self._close, None
+            close, self._close = self._close, lambda: None  # or the writer's last warning would start it anew
             close()
+            self._close = None
             atexit.unregister(self.close)
             os.environ.pop(_OWNER_VARIABLE, None)
 
