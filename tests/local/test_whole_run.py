@@ -109,7 +109,11 @@ def test_a_stage_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("undisturbed", "killed")
     )
     assert found["digest"] == expected["digest"]
-    assert found["metrics"] == expected["metrics"]
+    work = {"images_decoded", "features_found", "features_computed"}  # less where there was less to do
+    assert found["metrics"].keys() == expected["metrics"].keys()
+    assert all(
+        found["metrics"][name] == expected["metrics"][name] for name in expected["metrics"].keys() - work
+    )
     assert not list(tmp_path.glob(".*.kubegraft-*")), "work directories are left behind"
 
 
