@@ -51,7 +51,9 @@ def run(
     and the report says why. This runs the very pipeline that `kubegraft compile` writes for Kubeflow.
     """
     from kubegraft.local_run import run_locally
+    from kubegraft.processes import catch_stop_signals
 
+    catch_stop_signals()  # while stages run they are stopped first; before and after, the run ends at once
     summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri, if_changed=if_changed)
     if as_json:
         print_json(summary)
