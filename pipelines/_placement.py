@@ -4,7 +4,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from pipelines._profiles import WORK_DIR, profile
+from pipelines._profiles import SECRET_KEYS, WORK_DIR, profile
 
 # The numeric non-root user of the image; Pod Security "restricted" wants it said.
 USER = 65532
@@ -26,6 +26,8 @@ def prepared(task: Any) -> Any:
     if claim := profile().work_claim:
         kubernetes.mount_pvc(task, claim, WORK_DIR)
         task.set_env_variable("KUBEGRAFT_WORK_DIR", WORK_DIR)
+    if secret := profile().secret:
+        kubernetes.use_secret_as_env(task, secret, {key: key for key in SECRET_KEYS}, optional=True)
     return task
 
 
