@@ -4,7 +4,8 @@ from typing import Any
 
 from kfp import kubernetes
 
-from pipelines._profiles import SECRET_KEYS, WORK_DIR, profile
+from kubegraft.config import CREDENTIAL_VARIABLES
+from pipelines._profiles import WORK_DIR, profile
 
 # The numeric non-root user of the image; Pod Security "restricted" wants it said.
 USER = 65532
@@ -27,7 +28,7 @@ def prepared(task: Any) -> Any:
         kubernetes.mount_pvc(task, claim, WORK_DIR)
         task.set_env_variable("KUBEGRAFT_WORK_DIR", WORK_DIR)
     if secret := profile().secret:
-        kubernetes.use_secret_as_env(task, secret, {key: key for key in SECRET_KEYS}, optional=True)
+        kubernetes.use_secret_as_env(task, secret, {key: key for key in CREDENTIAL_VARIABLES}, optional=True)
     return task
 
 

@@ -13,17 +13,6 @@ from typing import Any
 from components._images import TRAIN_GPU_IMAGE
 
 WORK_DIR = "/workspace"
-# KFP takes keys by name only, so it is those that the clients of stores know; a Secret need not have all.
-SECRET_KEYS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "STORAGE_EMULATOR_HOST",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +27,7 @@ class Profile:
         tolerations: Likewise.
         node_selector: Likewise.
         work_claim: PersistentVolumeClaim that every task keeps its work directory on; "" for none.
-        secret: Secret whose keys, of `SECRET_KEYS`, are every task's credentials for buckets; "" for none.
+        secret: Secret whose keys, of `CREDENTIAL_VARIABLES`, are every task's credentials for buckets; "" for none.
     """
 
     suffix: str = ""
