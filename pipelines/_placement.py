@@ -4,6 +4,7 @@ from typing import Any
 
 from kfp import kubernetes
 
+from kubegraft.config import CREDENTIAL_VARIABLES
 from pipelines._profiles import WORK_DIR, profile
 
 # The numeric non-root user of the image; Pod Security "restricted" wants it said.
@@ -28,6 +29,8 @@ def prepared(task: Any) -> Any:
         task.set_env_variable("KUBEGRAFT_WORK_DIR", WORK_DIR)
         task.set_env_variable("KUBEGRAFT_CACHE", f"{WORK_DIR}/cache")
         task.set_env_variable("KUBEGRAFT_CACHE_BUDGET", "auto")
+    if secret := profile().secret:
+        kubernetes.use_secret_as_env(task, secret, {key: key for key in CREDENTIAL_VARIABLES}, optional=True)
     return task
 
 

@@ -27,6 +27,7 @@ class Profile:
         tolerations: Likewise.
         node_selector: Likewise.
         work_claim: PersistentVolumeClaim that every task keeps its work directory on; "" for none.
+        secret: Secret whose keys, of `CREDENTIAL_VARIABLES`, are every task's credentials for buckets; "" for none.
     """
 
     suffix: str = ""
@@ -36,6 +37,7 @@ class Profile:
     tolerations: tuple[Mapping[str, str], ...] = ()
     node_selector: Mapping[str, str] = field(default_factory=dict)
     work_claim: str = ""
+    secret: str = ""
 
     @property
     def defaults(self) -> dict[str, Any]:

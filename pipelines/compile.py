@@ -8,6 +8,7 @@ python pipelines/compile.py --registry NAME      take the released images from a
 python pipelines/compile.py --image NAME:TAG     run the tasks in another image
 python pipelines/compile.py --gpu-image NAME:TAG run the training tasks of the GPU variant in another image
 python pipelines/compile.py --work-claim NAME    keep work directories on a volume, for retries that continue
+python pipelines/compile.py --secret NAME        credentials of buckets, from a Secret of that name
 """
 
 import sys
@@ -43,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(getattr(options, name) for name in _IMAGE_OPTIONS):
         return _with_images(options)
     profiles = [options.profile] if options.profile else _default_profiles()
-    changes = {"work_claim": options.work_claim, "node_selector": dict(options.node_selector)}
+    changes = {
+        "work_claim": options.work_claim,
+        "secret": options.secret,
+        "node_selector": dict(options.node_selector),
+    }
     missing = _without_image(profiles)
     if missing:
         parser.error(missing)
@@ -56,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Compile the pipelines to YAML files that the KFP UI accepts."
+        prog="compile",  # of `python pipelines/compile.py` and of `kubegraft compile`
+        description="Compile the pipelines to YAML files that the KFP UI accepts.",
     )
     add = parser.add_argument
     add("--check", action="store_true", help="compare with the files instead of writing them")
@@ -65,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--registry", help="registry of the images, in place of the released ones'")
     add("--image", type=_image, help="whole name of the image, with its tag")
     add("--gpu-image", type=_image, help="the same for the training tasks of the GPU variant")
-    add("--work-claim", type=_claim, help="PersistentVolumeClaim for the tasks' work directories")
+    add("--work-claim", type=_name, help="PersistentVolumeClaim for the tasks' work directories")
+    add("--secret", type=_name, help="Secret whose keys are the tasks' credentials for buckets")
     add(
         "--node-selector",
         type=_label,
@@ -84,9 +91,9 @@ def _image(name: str) -> str:
     return name
 
 
-def _claim(name: str) -> str:
+def _name(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", name):
-        raise argparse.ArgumentTypeError(f"{name!r} is no name of a PersistentVolumeClaim")
+        raise argparse.ArgumentTypeError(f"{name!r} is no name that an object in Kubernetes can have")
     return name
 
 
@@ -109,6 +116,7 @@ def _with_images(options: argparse.Namespace) -> int:
     command += ["--check"] if options.check else []
     command += ["--profile", options.profile] if options.profile else []
     command += ["--work-claim", options.work_claim] if options.work_claim else []
+    command += ["--secret", options.secret] if options.secret else []
     for label, value in options.node_selector:
         command += ["--node-selector", f"{label}={value}"]
     return subprocess.run(command, env=environment, check=False).returncode

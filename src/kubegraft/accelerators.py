@@ -8,11 +8,12 @@ part of what is computed, so neither is in a stage's config or digest.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import Final
 
-from kubegraft.errors import ConfigError, EnvironmentFault
+from kubegraft.errors import ConfigError, EnvironmentFault, KubegraftError
 
 REQUIRE_VARIABLE: Final = "KUBEGRAFT_REQUIRE_ACCELERATORS"
 _SECONDS: Final = 300.0
@@ -84,11 +85,17 @@ def require_accelerators_for_run() -> None:
     Raises:
         ConfigError: If the variable is no number.
         EnvironmentFault: If TensorFlow sees fewer GPUs.
+        KubegraftError: If TensorFlow was ended by the system or did not answer; another try may find it otherwise.
     """
     if not required_accelerators():
         return
     command = [sys.executable, "-m", "kubegraft.accelerators"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise _no_answer(f"no answer within {_SECONDS:.0f} s") from None
+    if done.returncode < 0:
+        raise _no_answer(f"the end of its process by {signal.Signals(-done.returncode).name}")
     if done.returncode == EnvironmentFault.exit_code:
         raise EnvironmentFault(done.stderr.strip().rpartition("\n")[2].removeprefix("Error: "))
     if done.returncode:
@@ -96,6 +103,13 @@ def require_accelerators_for_run() -> None:
             "TensorFlow must start, to be asked for accelerators. Received: exit code "
             f"{done.returncode}: {done.stderr.strip()[-500:]}. `kubegraft doctor` says what is missing."
         )
+
+
+def _no_answer(received: str) -> KubegraftError:
+    return KubegraftError(
+        f"TensorFlow must say which accelerators there are. Received: {received}. SIGKILL usually means that memory "
+        "was short; a driver that hangs never answers. Give the pod more memory, or another node."
+    )
 
 
 if __name__ == "__main__":

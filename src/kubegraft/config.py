@@ -17,6 +17,18 @@ from kubegraft.errors import ConfigError, suggestion
 
 AUTO: Final = -1
 AUTO_NAME: Final = "auto"
+# What the clients of buckets read. Tasks on Kubeflow get them from a Secret, whose keys KFP wants named; it need not
+# have all.
+CREDENTIAL_VARIABLES: Final = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "STORAGE_EMULATOR_HOST",
+)
 
 HEADS: Final = ("linear", "mlp")
 SOLVERS: Final = (AUTO_NAME, "lbfgs", "adamw")

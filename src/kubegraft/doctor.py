@@ -101,6 +101,7 @@ def _check_package(name: str, rule: str, install: str) -> Check:
     for alternative in _ALTERNATIVES.get(name, (name,)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(alternative)
+            name = alternative
             break
     if version is None and name in _OPTIONAL_PACKAGES:
         return Check(

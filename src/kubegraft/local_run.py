@@ -280,6 +280,8 @@ def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, 
                 pipeline(**pipeline_parameters(run_config))
         except RuntimeError as error:
             raise _failure(log, work_dir, stop, error) from error
+        if stop.requested:  # in the moment in which the last stage ended: there is still publishing to do
+            raise _stopped(stop)
     return find_run_dir(pipeline_root, before)
 
 
@@ -324,10 +326,8 @@ def _own_name(output_dir: Path) -> str:
 def _failure(log: RunLog, work_dir: Path, stop: StopRequest, error: RuntimeError) -> BaseException:
     """Return what to raise for a failed run: a stop, a stage's error, or an unexpected end."""
     log.flush()
-    if stop.interrupted:
-        return KeyboardInterrupt()
     if stop.requested:
-        return Interrupted("The run was asked to stop. Start it again with the same arguments to continue.")
+        return _stopped(stop)
     record = work_dir / ERROR_FILE
     if record.exists():
         log_event("run", "failed", log=str(log.path))
@@ -337,6 +337,12 @@ def _failure(log: RunLog, work_dir: Path, stop: StopRequest, error: RuntimeError
         f"A stage ended unexpectedly: {_without_colours(str(error))} What it printed is above, and also in "
         f"{log.path}. If it says nothing, the system may have ended it for want of memory."
     )
+
+
+def _stopped(stop: StopRequest) -> BaseException:
+    if stop.interrupted:
+        return KeyboardInterrupt()
+    return Interrupted("The run was asked to stop. Start it again with the same arguments to continue.")
 
 
 def _recorded_error(record: dict[str, Any]) -> KubegraftError:

@@ -174,6 +174,23 @@ def test_only_with_a_claim_does_work_outlive_its_pod(compiled, tmp_path, capsys)
     assert load(tmp_path / "edited.yaml") == claimed
 
 
+def test_credentials_come_from_a_secret_by_its_name(compiled, tmp_path, capsys):
+    flags = ["--secret", "team-s3", "--image", "a/b:1"]  # an image is compiled in a process of its own
+    assert main([*flags, "--output-dir", str(tmp_path), "--profile", "cpu"]) == 0
+    secretive = load(tmp_path / FILES["cpu"])
+    for executor in secretive["executors"].values():
+        (variables,) = executor["secretAsEnv"]
+        assert variables["secretName"] == "team-s3"
+        assert {"envVar": "AWS_SECRET_ACCESS_KEY", "secretKey": "AWS_SECRET_ACCESS_KEY"} in variables[
+            "keyToEnv"
+        ]
+    package = PipelinePackage((COMPILED_DIR / FILES["cpu"]).read_text()).with_image(
+        image="a/b:1", registry=""
+    )
+    (tmp_path / "edited.yaml").write_text(package.with_secret("team-s3").text)
+    assert load(tmp_path / "edited.yaml") == secretive
+
+
 def test_nodes_can_be_chosen_when_compiling(compiled_for_gpus, tmp_path, capsys):
     assert main(["--node-selector", "pool=gpu", "--output-dir", str(tmp_path), "--profile", "gpu"]) == 0
     assert parameters(load(tmp_path / FILES["gpu"]))["node_selector"]["defaultValue"] == {"pool": "gpu"}
@@ -184,7 +201,8 @@ def test_nodes_can_be_chosen_when_compiling(compiled_for_gpus, tmp_path, capsys)
     ("flags", "message"),
     [
         (["--profile", "gpu", "--image", "registry.example/own:1"], "--gpu-image"),
-        (["--work-claim", "No Claim"], "PersistentVolumeClaim"),
+        (["--work-claim", "No Claim"], "name that an object"),
+        (["--secret", "AKID/SECRET"], "name that an object"),
         (["--node-selector", "pool"], "LABEL=VALUE"),
     ],
 )

@@ -132,7 +132,7 @@ def require_known(words):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_of_commands_are_ones_that_exist(path):
-    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", text_of("Makefile"), re.MULTILINE))
     for words in example_commands(path):
         if words[:1] == ["kubegraft"]:
             require_known(words[1:])
@@ -156,7 +156,7 @@ def test_the_commands_of_examples_are_seen():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_in_prose_exist(path):
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for name, below in re.findall(r"`kubegraft ([a-z][a-z-]+)((?: [a-z|-]+)?)", text):
+    for name, below in re.findall(r"`kubegraft ([a-z][a-z0-9-]+)((?: [a-z|-]+)?)", text):
         assert name in COMMANDS, f"{path}: kubegraft {name}"
         command = main.get_command(click.Context(main), name)
         if isinstance(command, click.Group) and below:

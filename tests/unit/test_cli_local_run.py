@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,21 @@ def test_a_second_signal_ends_a_stage_that_does_not_listen(start):
     wait_until_gone(stage_pid)
 
 
+def test_a_run_whose_stages_have_not_begun_ends_at_once_when_asked(tmp_path):
+    """As the first process of a pod it would otherwise ignore the signal; here it waits for a server's answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        weights = f"http://127.0.0.1:{server.getsockname()[1]}/resnet50.weights.h5"
+        command = [sys.executable, "-m", "kubegraft", "run", "--backbone", "resnet50", "--weights", weights]
+        with subprocess.Popen(
+            [*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE
+        ) as process:
+            server.settimeout(60)
+            connection, _ = server.accept()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 143
+            connection.close()
+
+
 def test_a_killed_run_leaves_no_stage_behind(start):
     process, stage_pid = start("stubborn")
     process.kill()
@@ -177,9 +193,10 @@ def test_descendants_are_found_through_shells():
         deadline = time.monotonic() + 5
         while len(descendants(shell.pid)) < 1 and time.monotonic() < deadline:
             time.sleep(0.02)
-        found = descendants(os.getpid())
-        assert descendants(shell.pid) < found
-        for pid in found:
+        below = descendants(shell.pid)
+        assert below | {shell.pid} <= descendants(os.getpid())
+        # And no others: servers that other tests use are below this process too.
+        for pid in below | {shell.pid}:
             os.kill(pid, signal.SIGKILL)
 
 

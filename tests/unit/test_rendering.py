@@ -151,6 +151,24 @@ def test_the_same_call_renders_the_same_and_another_config_another_job():
     assert names[0] == names[1] != names[2]
 
 
+@pytest.mark.parametrize("cron", ["*/5 0-6 1,15 JAN-mar sun", "@daily"])
+def test_a_cronjob_takes_what_kubernetes_reads(cron):
+    assert by_kind(render("cronjob", "--cron", cron))["CronJob"]["spec"]["schedule"] == cron
+
+
+def test_metrics_are_served_where_they_are_asked_for():
+    def container(*flags):
+        return pod_of(by_kind(render("job", *flags))["Job"])["containers"][0]
+
+    assert "ports" not in container()
+    asked = container("--metrics")
+    (port,) = asked["ports"]
+    assert {"name": "KUBEGRAFT_METRICS_PORT", "value": str(port["containerPort"])} in asked["env"]
+    policies = yaml.safe_load_all((ROOT / "manifests/base/network-policies.yaml").read_text())
+    (opened,) = [one["spec"] for one in policies if one["metadata"]["name"] == "allow-metrics"]
+    assert opened["ingress"][0]["ports"] == [{"protocol": "TCP", "port": port["containerPort"]}]
+
+
 def test_a_cronjob_keeps_its_name_and_runs_only_if_changed():
     first, second = (by_kind(render("cronjob", *CRON, "--seed", seed)) for seed in (1, 2))
     assert first["CronJob"]["metadata"]["name"] == second["CronJob"]["metadata"]["name"] == "kubegraft"
@@ -342,6 +360,8 @@ def test_it_is_written_to_a_file(tmp_path):
         (["serving", "--claim", ""], "or --model"),
         (["job", "--toleration", "a:b"], "effect"),
         (["cronjob", "--cron", "0 0 3 * * *"], "five fields"),
+        (["cronjob", "--cron", "99 99 * * *"], "minute in 0-59"),
+        (["cronjob", "--cron", "@nightly"], "five fields"),
         (["cronjob", *CRON, "--time-zone", "Europe/Berlinn"], "Did you mean 'Europe/Berlin'"),
         (["serving", "--image", "tensorflow/serving"], "never moves"),
         (["serving", "--model", "/workspace/run"], "gs:// or s3:// folder"),

@@ -62,6 +62,12 @@ def doctor(context: click.Context, as_json: bool) -> None:
     help="Volume claim, for retries that continue from a checkpoint.",
 )
 @click.option(
+    "--secret",
+    default="",
+    metavar="NAME",
+    help="Secret whose keys are the tasks' credentials for buckets.",
+)
+@click.option(
     "--node-selector",
     multiple=True,
     metavar="LABEL=VALUE",
@@ -115,6 +121,7 @@ def _packaged(
     gpu_image: str,
     registry: str,
     work_claim: str,
+    secret: str,
 ) -> bool:
     """Write or compare one file that the installation carries; return whether it is as it should be."""
     from kubegraft.kfp_client.package import load_package
@@ -126,7 +133,7 @@ def _packaged(
         image=image, registry=registry, gpu_image=gpu_image if profile == "gpu" else ""
     )
     package = package.with_node_selector(dict(map(parse_selector, node_selector)))
-    text = package.with_work_claim(work_claim).text
+    text = package.with_work_claim(work_claim).with_secret(secret).text
     target = Path(output_dir or ".") / packaged_pipeline(profile).name
     if check:
         same = target.exists() and target.read_text(encoding="utf-8") == text

@@ -78,6 +78,7 @@ _result_options = cluster_option_group(
             "help": "Secret whose keys become variables: credentials of a bucket with the images.",
         },
     ),
+    ("--metrics", {"is_flag": True, "help": "Serve metrics for Prometheus on port 9090 of the pod."}),
 )
 
 
@@ -106,6 +107,7 @@ def _with_setting(function: Command) -> Command:
         registry: str,
         secret: str,
         publish: str,
+        metrics: bool,
         placement: Placement,
         **arguments: Any,
     ) -> Any:
@@ -122,6 +124,7 @@ def _with_setting(function: Command) -> Command:
             memory=memory or "8Gi",
             secret=secret,
             publish_uri=publish,
+            metrics=metrics,
         )
         accelerators = Accelerators(
             resource=placement.accelerator_type,

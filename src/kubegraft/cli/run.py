@@ -109,7 +109,9 @@ def run(
                 f"`{name}` is for --dry-run only. Received: {name}={value!r}. Add --dry-run, or leave it out."
             )
     from kubegraft.local_run import run_locally
+    from kubegraft.processes import catch_stop_signals
 
+    catch_stop_signals()  # while stages run they are stopped first; before and after, the run ends at once
     summary = run_locally(run_config, output, fresh=fresh, publish_uri=publish_uri, if_changed=if_changed)
     if as_json:
         print_json(summary)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from kubegraft import __version__
 from kubegraft.cache import BUDGET_VARIABLE, CACHE_VARIABLE, OPEN_BUDGET
+from kubegraft.config import CREDENTIAL_VARIABLES
 from kubegraft.errors import ConfigError
 from kubegraft.local_run import COMPILED_FILES, find_checkout, import_from_checkout, packaged_pipeline
 from kubegraft.processes import WORK_DIR_VARIABLE
@@ -24,16 +25,6 @@ _EXECUTOR_LINE: Final = re.compile(r"    exec-([\w-]+):$")
 _TRAINING: Final = ("train-head", "fine-tune")
 _CLAIM: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _SELECTOR_DEFAULT: Final = re.compile(r"^(      node_selector:\n        defaultValue: )\{\}$", re.MULTILINE)
-_SECRET_KEYS: Final = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "STORAGE_EMULATOR_HOST",
-)
 _WORK_DIR: Final = "/workspace"  # as in pipelines/_profiles.py
 _ON_CLAIM: Final = {  # as in pipelines/_placement.py
     WORK_DIR_VARIABLE: _WORK_DIR,
@@ -180,7 +171,7 @@ class PipelinePackage:
         import yaml
 
         spec, platform = yaml.safe_load_all(self.text)
-        keys = [{"envVar": key, "secretKey": key} for key in _SECRET_KEYS]
+        keys = [{"envVar": key, "secretKey": key} for key in CREDENTIAL_VARIABLES]
         named = {"runtimeValue": {"constant": secret}}
         variables = {"secretName": secret, "secretNameParameter": named, "keyToEnv": keys, "optional": True}
         for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():

@@ -7,19 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kubegraft.cron import FIELDS, check_fields
 from kubegraft.errors import ConfigError, suggestion
 from kubegraft.kfp_client.backend import Backend
 from kubegraft.kfp_client.digests import content_digest
 
 _DIGEST_LINE: Final = re.compile(r"kubegraft content: ([0-9a-f]+)")
-_CRON_FIELDS: Final = (
-    ("second", 0, 59, ""),
-    ("minute", 0, 59, ""),
-    ("hour", 0, 23, ""),
-    ("day of month", 1, 31, ""),
-    ("month", 1, 12, "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC"),
-    ("day of week", 0, 6, "SUN MON TUE WED THU FRI SAT"),
-)
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 LATEST: Final = ""
 
@@ -79,32 +72,14 @@ def check_cron(cron: str) -> None:
     Raises:
         ConfigError: If it does not have six fields, or one is out of its range.
     """
-    fields = cron.split()
-    if len(fields) != len(_CRON_FIELDS):
-        hint = f" With seconds before it that is '0 {cron}'." if len(fields) == len(_CRON_FIELDS) - 1 else ""
+    num_fields = len(cron.split())
+    if num_fields != len(FIELDS):
+        hint = f" With seconds before it that is '0 {cron}'." if num_fields == len(FIELDS) - 1 else ""
         raise ConfigError(
             "`cron` must have six fields: second, minute, hour, day of month, month, day of week. Received: "
-            f"cron={cron!r}, {len(fields)} fields.{hint}"
+            f"cron={cron!r}, {num_fields} fields.{hint}"
         )
-    for text, (name, low, high, words) in zip(fields, _CRON_FIELDS, strict=True):
-        if not all(_is_cron_part(part, low, high, words.split()) for part in text.split(",")):
-            raise ConfigError(
-                f"`cron` must have a {name} in {low}-{high}, as *, a number, a range, a list or with /step. "
-                f"Received: {text!r} in cron={cron!r}."
-            )
-
-
-def _is_cron_part(part: str, low: int, high: int, words: list[str]) -> bool:
-    span, slash, step = part.partition("/")
-    if slash and not (step.isdecimal() and int(step) > 0):
-        return False
-    if span in ("*", "?"):
-        return True
-    ends = [
-        words.index(end.upper()) + low if end.upper() in words else int(end) if end.isdecimal() else -1
-        for end in span.split("-")
-    ]
-    return len(ends) <= 2 and all(low <= end <= high for end in ends) and ends == sorted(ends)
+    check_fields(cron, FIELDS)
 
 
 def parse_interval(text: str) -> int:

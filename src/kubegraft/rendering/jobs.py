@@ -8,6 +8,7 @@ from kubegraft.accelerators import REQUIRE_VARIABLE
 from kubegraft.cache import BUDGET_VARIABLE, CACHE_VARIABLE, OPEN_BUDGET
 from kubegraft.cluster_inputs import check_inputs
 from kubegraft.config_file import to_yaml
+from kubegraft.cron import FIELDS, check_fields
 from kubegraft.errors import ConfigError, EnvironmentFault, KubegraftError
 from kubegraft.rendering.pods import (
     Accelerators,
@@ -24,6 +25,8 @@ _CONTAINER: Final = "kubegraft"
 _CONFIG_DIR: Final = "/etc/kubegraft"
 _WORK_DIR: Final = "/workspace"
 _CRON_FIELDS: Final = 5
+_CRON_WORDS: Final = ("@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly")
+_METRICS_PORT: Final = 9090  # which manifests/base opens
 _TRIES: Final = 3
 _HASH_DIGITS: Final = 10
 
@@ -95,11 +98,13 @@ def render_cron_job(
 def _check_cron(cron: str, time_zone: str) -> None:
     import zoneinfo
 
-    if len(cron.split()) != _CRON_FIELDS:
+    if cron not in _CRON_WORDS and len(cron.split()) != _CRON_FIELDS:
         raise ConfigError(
             "`cron` of a CronJob must have five fields: minute, hour, day of month, month, day of week. Received: "
             f"cron={cron!r}. For example '0 3 * * *'; it is KFP's that begin with seconds."
         )
+    if cron not in _CRON_WORDS:
+        check_fields(cron, FIELDS[1:])
     known = zoneinfo.available_timezones()
     if known and time_zone not in known:
         from kubegraft.errors import suggestion
@@ -191,6 +196,9 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
         "securityContext": container_security(),
         "volumeMounts": mounts,
     }
+    if setting.metrics:
+        container["env"].append({"name": "KUBEGRAFT_METRICS_PORT", "value": str(_METRICS_PORT)})
+        container["ports"] = [{"name": "metrics", "containerPort": _METRICS_PORT}]
     if setting.secret:
         container["envFrom"] = [{"secretRef": {"name": setting.secret}}]
     spec: Manifest = {

@@ -44,6 +44,7 @@ class Setting:
         cpu: CPU limit; a quarter of it is requested.
         memory: Memory limit; half of it is requested.
         secret: Secret whose keys become environment variables, for credentials of a bucket; "" for none.
+        metrics: Whether a task serves metrics for Prometheus, on port 9090.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Setting:
     cpu: str = "4"
     memory: str = "8Gi"
     secret: str = ""
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         """Check what Kubernetes would refuse.
