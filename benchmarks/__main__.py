@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import click
+
+from kubegraft.cli.group import DebugOption
+from kubegraft.cli.options import SectionedCommand, input_argument
 
 from . import large, machine, page
 from .contest import CONTESTANTS, NOT_BY_DEFAULT, Plan, compete, variables, with_needed
@@ -18,60 +23,74 @@ from .datasets import prepare
 from .measuring import busy_cores, documents, watch
 
 _PACKAGE = __package__ or "benchmarks"
+_PATH = click.Path(path_type=Path)
+_PLAN_OPTIONS = {
+    "backbone": "Backbone of all contestants.",
+    "weights": "Its weights: imagenet, none, or a file.",
+    "input_size": "Side of the images in pixels.",
+    "num_blocks": "Last blocks that the textbook and kubegraft unfreeze.",
+    "head_epochs": "Epochs of the textbook with a frozen backbone.",
+    "tune_epochs": "Epochs of the textbook's fine-tuning.",
+    "all_epochs": "Epochs of its fine-tuning where it unfreezes everything, which is slow.",
+}
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    default = Plan.__dataclass_fields__
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Run kubegraft beside plain Keras and scikit-learn on your images, and write the comparison.",
-    )
-    made.add_argument("data", type=Path, nargs="?", help="folder of <class>/*.jpg, or train/<class>/*.jpg")
-    made.add_argument("--seeds", type=int, default=1, help="how often, each with another test part  [1]")
-    made.add_argument(
-        "--contestants",
-        metavar="A,B,...",
-        default=",".join(name for name in CONTESTANTS if name not in NOT_BY_DEFAULT),
-        help=f"who takes part, of {', '.join(CONTESTANTS)}  [all but {', '.join(NOT_BY_DEFAULT)}]",
-    )
-    for name in ("backbone", "weights"):
-        made.add_argument(f"--{name}", default=default[name].default, help=f"[{default[name].default}]")
-    for name, text in (
-        ("input_size", "side of the images in pixels"),
-        ("num_blocks", "last blocks that the textbook and kubegraft unfreeze"),
-        ("head_epochs", "epochs of the textbook with a frozen backbone"),
-        ("tune_epochs", "epochs of the textbook's fine-tuning"),
-        ("all_epochs", "epochs of its fine-tuning where it unfreezes everything, which is slow"),
-    ):
-        flag, value = f"--{name.replace('_', '-')}", default[name].default
-        made.add_argument(flag, type=int, default=value, help=f"{text}  [{value}]")
-    made.add_argument("--test-fraction", type=float, default=0.3, help="part that nobody chooses by  [0.3]")
-    made.add_argument("--no-bare", action="store_true", help="leave out the limits of this machine")
-    made.add_argument("--large", action="store_true", help="also throughput on many generated images")
-    made.add_argument("--large-images", type=int, default=5000, help="how many  [5000]")
-    made.add_argument("--page", type=Path, help="Markdown page to write into  [docs/benchmarks.md]")
-    made.add_argument("--json", type=Path, help="raw results; beside the page by default")
-    made.add_argument("--work-dir", type=Path, help="where to work; a temporary directory by default")
-    made.add_argument(
-        "--again", action="store_true", help="only write the page from the raw results that are there"
-    )
-    return made
+def _plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each field of the plan that a user may choose."""
+    for name, text in reversed(_PLAN_OPTIONS.items()):
+        default = Plan.__dataclass_fields__[name].default
+        option = click.option(f"--{name.replace('_', '-')}", default=default, show_default=True, help=text)
+        function = option(function)
+    return function
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit code is 1 if a contestant failed."""
-    options = parser().parse_args(arguments)
-    page_path = options.page or (_DOCS if _DOCS.is_dir() else Path()) / "benchmarks.md"
-    json_path = options.json or page_path.with_suffix(".json")
+@click.command("benchmark", cls=SectionedCommand)
+@input_argument(
+    "data",
+    "Folder of <class>/*.jpg, or of train/<class>/*.jpg and validation/<class>/*.jpg.",
+    required=False,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option("--seeds", default=1, show_default=True, help="How often, each time with another test part.")
+@click.option(
+    "--contestants",
+    metavar="A,B,...",
+    default=",".join(name for name in CONTESTANTS if name not in NOT_BY_DEFAULT),
+    help=f"Who takes part: {', '.join(CONTESTANTS)}.  [default: all but {', '.join(NOT_BY_DEFAULT)}]",
+)
+@_plan_options
+@click.option("--test-fraction", default=0.3, show_default=True, help="Part that nobody chooses by.")
+@click.option("--no-bare", is_flag=True, help="Leave out the limits of this machine.")
+@click.option(
+    "--large", "with_large", is_flag=True, help="Also throughput and memory on many generated images."
+)
+@click.option("--large-images", default=5000, show_default=True, help="How many.")
+@click.option(
+    "--page", "page_path", type=_PATH, help="Page to write the tables into.  [default: docs/benchmarks.md]"
+)
+@click.option("--json-file", "json_path", type=_PATH, help="Raw results.  [default: beside the page]")
+@click.option("--work-dir", type=_PATH, help="Where to work.  [default: a temporary directory]")
+@click.option("--again", is_flag=True, help="Only write the page anew from the raw results that are there.")
+@DebugOption.decorate
+@click.pass_context
+def benchmark(context: click.Context, /, **arguments: Any) -> None:
+    """Measure kubegraft beside plain Keras and scikit-learn, on your images and this machine.
+
+    Each contestant is a process of its own. The page has the time that each takes to the same validation accuracy,
+    accuracy on images that nobody chose by, memory, and disk. Nothing else should run meanwhile. Ends with exit
+    code 1 if a contestant failed.
+    """
+    options = SimpleNamespace(**arguments)
+    page_path = options.page_path or (_DOCS if _DOCS.is_dir() else Path()) / "benchmarks.md"
+    json_path = options.json_path or page_path.with_suffix(".json")
     if options.again:
         page.write(page_path, json.loads(json_path.read_text(encoding="utf-8")))
-        return 0
+        return
     names = _names(options.contestants)
-    if options.data is None and (names or not options.large):
-        raise SystemExit(
-            "`data` must be a folder of labelled images. Or say --contestants '' --large without one."
+    if options.data is None and (names or not options.with_large):
+        raise click.UsageError(
+            "`data` must be a folder of labelled images; only --contestants '' --large needs none."
         )
     results = _results(options)
     with tempfile.TemporaryDirectory(prefix="kubegraft-benchmark-", dir=options.work_dir) as work:
@@ -81,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page.write(page_path, results)
     print(page.render(results))
     say(f"written: {page_path}, {json_path}")
-    return int(any(record["failed"] for record in (*results["records"], *results["large"])))
+    context.exit(int(any(record["failed"] for record in (*results["records"], *results["large"]))))
 
 
 def say(text: str) -> None:
@@ -93,11 +112,11 @@ def _names(text: str) -> list[str]:
     given = [name.strip() for name in text.split(",") if name.strip()]
     for name in given:
         if name not in CONTESTANTS:
-            raise SystemExit(f"`--contestants` must be of {', '.join(CONTESTANTS)}. Received: {name!r}.")
+            raise click.UsageError(f"`contestants` must be of {', '.join(CONTESTANTS)}. Received: {name!r}.")
     return with_needed(given)
 
 
-def _results(options: argparse.Namespace) -> dict[str, Any]:
+def _results(options: SimpleNamespace) -> dict[str, Any]:
     facts, busy = machine.facts(), busy_cores()
     if busy > 0.1 * facts["cores"]:
         say(
@@ -127,7 +146,7 @@ def _results(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _stages(options: argparse.Namespace, names: list[str], work: Path, results: dict[str, Any]) -> Any:
+def _stages(options: SimpleNamespace, names: list[str], work: Path, results: dict[str, Any]) -> Any:
     """Do the work, and yield whenever `results` has more."""
     plan_names = set(Plan.__dataclass_fields__) & set(results["plan"])
     for seed in results["seeds"] if names else ():
@@ -148,7 +167,7 @@ def _stages(options: argparse.Namespace, names: list[str], work: Path, results: 
         say("bare limits ...")
         results["bare"] = _bare(options, work)
         yield
-    if options.large:
+    if options.with_large:
         results["large"] = large.compare(work / "large", options.large_images, options.input_size, say)
         yield
 
@@ -160,7 +179,7 @@ def _outcome(record: dict[str, Any]) -> str:
     return f"took {record['seconds']:.1f} s, validation {accuracy}, test {record['test_accuracy']}"
 
 
-def _bare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+def _bare(options: SimpleNamespace, work: Path) -> dict[str, Any]:
     environment = variables(work / "bare", work / "home")
     command = [sys.executable, "-m", f"{_PACKAGE}.bare"]
     for name in ("backbone", "weights", "input_size", "num_blocks"):
@@ -178,4 +197,4 @@ def _bare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    benchmark(prog_name="python -m benchmarks")

@@ -8,6 +8,7 @@ accuracy, `seconds` since the process started), `validation_accuracy` and `test_
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,10 @@ def compete(name: str, plan: Plan) -> dict[str, Any]:
 
 def variables(cache: Path, home: Path) -> dict[str, str]:
     """Return the environment of contestants: a cache of their own, and nothing that earlier runs have left."""
+    # A checkout is not installed, and the caller may be anywhere.
+    ours = [] if "." in _PACKAGE else [str(Path(__file__).resolve().parents[1])]
     return {
+        "PYTHONPATH": os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "KUBEGRAFT_CACHE": str(cache),
         "KUBEGRAFT_LOG_FORMAT": "json",
         "XDG_CACHE_HOME": str(home),

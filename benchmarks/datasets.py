@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
 SPLITS = ("train", "validation", "test")
 VALIDATION_FRACTION = 0.2
@@ -41,7 +43,7 @@ def find_images(root: Path) -> list[Image]:
         if path.suffix.lower() in SUFFIXES
     ]
     if not found:
-        raise SystemExit(f"{root} must hold <class>/*.jpg, or train/<class>/*.jpg. No image was found.")
+        raise click.UsageError(f"{root} must hold <class>/*.jpg, or train/<class>/*.jpg. No image was found.")
     return sorted(found, key=lambda image: image.number)
 
 
