@@ -190,7 +190,9 @@ def _bare(options: SimpleNamespace, work: Path) -> dict[str, Any]:
         return {"failed": f"exit code {seen.exit_code}: {seen.tail[-2000:]}"}
     result = found[-1]
     if importlib.util.find_spec(f"{_PACKAGE}.engines"):
-        engines = watch([[sys.executable, "-m", f"{_PACKAGE}.engines"]], environment)
+        folder = str(work / "seed-0" / "images" / "base" / "train")
+        choice = ["--backbone", options.backbone, "--size", str(options.input_size)]
+        engines = watch([[sys.executable, "-m", f"{_PACKAGE}.engines", folder, *choice]], environment)
         result["engines"] = engines.stdout if engines.exit_code == 0 else ""
         result["engines_failed"] = engines.tail[-2000:] if engines.exit_code else ""
     return result

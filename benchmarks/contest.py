@@ -214,9 +214,11 @@ def _result(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def images_decoded(events: Sequence[dict[str, Any]]) -> int | None:
     """Return the images that kubegraft decoded to train on, as far as its events say; None if they don't.
 
-    `decoded` of any event counts; without it, what the feature cache had to compute of one kind of value.
+    The stages' own counters; without them, what the feature cache had to compute of one kind of value.
     """
-    counted = [event["decoded"] for event in events if isinstance(event.get("decoded"), int)]
+    # The metrics of a stage, in its event `finished`, repeat its counter.
+    counters = [event for event in events if event["event"] == "frozen passes"]
+    counted = [int(event["images_decoded"]) for event in counters if "images_decoded" in event]
     if counted:
         return sum(counted)
     computed: dict[str, int] = {}

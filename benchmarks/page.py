@@ -12,7 +12,6 @@ from .contest import MEANINGS
 BEGIN = "<!-- begin: written by `make benchmark` -->"
 END = "<!-- end: written by `make benchmark` -->"
 _PHASES = {"head": "frozen", "fine_tuned": "fine-tuned"}
-# Of a machine at rest, these numbers hold; where more was busy the page says so.
 _MISSING = "-"
 
 

@@ -247,7 +247,13 @@ def test_events_are_read_from_logs_whatever_is_between_them():
 def test_images_decoded_are_counted_or_unknown():
     filled = {"stage": "cache", "event": "filled", "kind": "pooled", "found": 0}
     assert images_decoded([{**filled, "computed": 70}, {**filled, "computed": 30}]) == 100
-    assert images_decoded([{**filled, "computed": 70}, {"stage": "x", "event": "y", "decoded": 3}]) == 3
+    counters = [
+        {"stage": stage, "event": event, "images_decoded": 3}
+        for stage in ("train_head", "fine_tune")
+        for event in ("frozen passes", "finished")
+    ]
+    assert images_decoded([{**filled, "computed": 70}, *counters]) == 6
+    assert images_decoded([{**filled, "computed": 70}, {**counters[0], "images_decoded": 0}]) == 0
     assert images_decoded([{"stage": "train_head", "event": "started"}]) is None
 
 
