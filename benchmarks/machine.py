@@ -40,8 +40,11 @@ def has_bfloat16() -> bool:
 
 
 def _commit() -> str:
-    here = str(Path(__file__).parent)
-    commit = _lines("git", "-C", here, "rev-parse", "--short=12", "HEAD")
+    root = Path(__file__).resolve().parents[1]
+    here = str(root)
+    # An installed copy may lie in somebody else's checkout.
+    is_checkout = (root / "pyproject.toml").exists()
+    commit = _lines("git", "-C", here, "rev-parse", "--short=12", "HEAD") if is_checkout else []
     if not commit:
         return os.environ.get("IMAGE_VERSION", "")
     # The benchmark's own results are no change of what is measured.
