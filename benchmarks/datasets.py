@@ -132,9 +132,12 @@ def draw(target: Path, num_images: int, *, num_classes: int = 10, side: int = 22
     from PIL import Image as Picture
 
     chance = np.random.default_rng(0)
-    for number in range(num_images):
+    # One image of each class more, to test: without any, kubegraft would take some of the others.
+    for number in range(num_images + num_classes):
         label = number % num_classes
-        split = "validation" if number // num_classes % 10 == 9 else "train"
+        split = (
+            "test" if number >= num_images else "validation" if number // num_classes % 10 == 9 else "train"
+        )
         folder = target / split / f"class_{label}"
         folder.mkdir(parents=True, exist_ok=True)
         coarse = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)
