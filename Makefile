@@ -17,7 +17,7 @@ DOCKER_FLAGS ?=
 CHECKOV := $(VENV)-checkov
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-manifests e2e lint format compile generate check-generated requirements images images-push clean
+.PHONY: help setup run benchmark test test-manifests e2e lint format compile generate check-generated requirements images images-push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,9 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name] [CONFIG=file.yaml] [OUTPUT=folder] [ARGS="--flag ..."]
 	@$(BIN)/kubegraft run $(if $(DATA),"$(DATA)") $(if $(BACKBONE),--backbone "$(BACKBONE)") \
 	  $(if $(CONFIG),--config "$(CONFIG)") --output "$(OUTPUT)" $(ARGS)
+
+benchmark: $(READY)  ## compare with plain Keras and scikit-learn on idle cores, write docs/benchmarks.md: make benchmark DATA=folder
+	@$(BIN)/python -m benchmarks $(if $(DATA),"$(DATA)") $(ARGS)
 
 test: $(READY)  ## run all tests that need no network, Docker or GPU
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)

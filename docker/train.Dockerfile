@@ -32,6 +32,7 @@ FROM packages-cpu AS code-cpu
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY pipelines/compiled pipelines/compiled
+COPY benchmarks benchmarks
 COPY src src
 RUN /opt/build/bin/python -m pip wheel --no-index --no-deps --no-build-isolation -w /wheels . \
  && /opt/build/bin/python -m pip --python /opt/kubegraft/bin/python install --no-index --no-deps --no-compile /wheels/*.whl \

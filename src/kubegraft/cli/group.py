@@ -59,6 +59,9 @@ COMMANDS: Final = {
         "To find your way", "catalogue", "sample_data", "Write a sample as a folder of images."
     ),
     "cache": Entry("To find your way", "cache", "cache", "Look into the feature cache, verify, prune."),
+    "benchmark": Entry(
+        "To find your way", "benchmark", "benchmark", "Compare with plain Keras on this machine."
+    ),
     "doctor": Entry("To find your way", "machine", "doctor", "Say what this machine has and lacks."),
     "compile": Entry(
         "To find your way", "machine", "compile_pipeline", "Write the pipeline's YAML for Kubeflow."

@@ -1,0 +1,224 @@
+"""The tables of docs/benchmarks.md: what is between the two marks is replaced, the rest is for people to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arithmetic import comparisons, noise, overview
+from .contest import MEANINGS
+
+BEGIN = "<!-- begin: written by `make benchmark` -->"
+END = "<!-- end: written by `make benchmark` -->"
+_PHASES = {"head": "frozen", "fine_tuned": "fine-tuned"}
+_MISSING = "-"
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Put the tables between the marks of a page; a page without marks gets them at its end."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(between_marks(text, render(results)), encoding="utf-8")
+
+
+def between_marks(text: str, content: str) -> str:
+    """Return a page with other content between its marks."""
+    block = f"{BEGIN}\n\n{content.strip()}\n\n{END}"
+    if BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        return before + block + rest.partition(END)[2]
+    return f"{text.rstrip()}\n\n{block}\n"
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """Return the page's content: warnings, facts, and a table for each question."""
+    records = results["records"]
+    parts = [*_warnings(results), _facts(results)]
+    if records:
+        parts += ["### Contestants", _contestants(records), _meanings(records)]
+    if rows := comparisons(records):
+        parts += ["### Time to the textbook's accuracy", _comparisons(rows)]
+    if results.get("bare"):
+        parts += ["### Bare limits", _bare(results)]
+    if results.get("large"):
+        parts += ["### Many images, random weights", _large(results["large"])]
+    return "\n\n".join(parts)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    return _MISSING if value is None else form(value)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s"
+
+
+def _accuracy(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def _warnings(results: Mapping[str, Any]) -> list[str]:
+    cores = results["machine"]["cores"]
+    found = noise(results["records"], cores)
+    busy = results["busy_cores_before"]
+    if busy > 0.1 * cores:
+        found.insert(0, f"{busy:.1f} of {cores} processors were busy before the benchmark began")
+    if results["machine"]["commit"].endswith("with changes"):
+        found.append("the checkout had changes that are in no commit")
+    for record in (*results["records"], *results.get("large", ())):
+        if record["failed"]:
+            name = record.get("contestant") or f"{record['backbone']} {record['way']}".strip()
+            found.append(f"{name} failed, and is left out: {record['failed'].splitlines()[0]}")
+    if not found:
+        return []
+    return ["**Not to be relied on:**\n\n" + "\n".join(f"- {line}" for line in found)]
+
+
+def _facts(results: Mapping[str, Any]) -> str:
+    machine, plan = results["machine"], results["plan"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    counts = ", ".join(f"{number:,} {split}" for split, number in plan["counts"].items())
+    instructions = ", ".join(machine["instructions"]) or "none of note"
+    rows = [
+        ["processor", f"{machine['processor']}, {machine['cores']} cores ({instructions})"],
+        ["memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB"],
+        ["GPUs", "; ".join(machine["gpus"]) or "none"],
+        ["versions", f"Python {machine['python']}, {versions}"],
+        ["date, commit", f"{machine['date']}, {machine['commit'] or 'unknown'}"],
+        ["images", f"{plan['data']}: {counts}, and {plan['num_new']} new ones for `kubegraft-1%`"],
+        [
+            "task",
+            f"{plan['backbone']}, weights {plan['weights']}, {plan['input_size']} pixels, last "
+            f"{plan['num_blocks']} blocks unfrozen; seeds {', '.join(map(str, results['seeds']))}",
+        ],
+        [
+            "epochs of the textbook",
+            f"{plan['head_epochs']} frozen, then {plan['tune_epochs']} ({plan['all_epochs']} where all unfreezes)",
+        ],
+        ["load average before", f"{results['load_average_before']:.2f}"],
+    ]
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _contestants(records: Sequence[Mapping[str, Any]]) -> str:
+    heads = [
+        *("", "validation, frozen", "fine-tuned", "test, frozen", "fine-tuned"),
+        *("to textbook's frozen", "to its fine-tuned", "whole process"),
+        *("peak memory", "disk", "images decoded"),
+    ]
+    rows = [
+        [
+            f"`{row['contestant']}`" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
+            *(
+                _shown(row[f"{kind}_{phase}"], _accuracy)
+                for kind in ("validation_accuracy", "test_accuracy")
+                for phase in _PHASES
+            ),
+            *(_shown(row[f"seconds_to_{phase}"], _seconds) for phase in _PHASES),
+            _shown(row["seconds"], _seconds),
+            _shown(row["peak_memory_bytes"], _mib),
+            _shown(row["disk_bytes"], _mib),
+            _shown(row["images_decoded"], "{:,.0f}".format),
+        ]
+        for row in overview(records)
+    ]
+    return table(heads, rows)
+
+
+def _meanings(records: Sequence[Mapping[str, Any]]) -> str:
+    names = dict.fromkeys(record["contestant"] for record in records)
+    return "\n".join(f"- `{name}`: {MEANINGS[name]}." for name in names)
+
+
+def _comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
+    return table(
+        ["to the accuracy of", "accuracy", "textbook", "contestant", "its time", "ratio"],
+        [
+            [
+                f"`{row['mark']}`, {_PHASES[row['phase']]}",
+                _accuracy(row["accuracy"]),
+                _seconds(row["textbook_seconds"]),
+                f"`{row['contestant']}`",
+                _shown(row["seconds"], _seconds)
+                if row["reached"] == row["num_seeds"]
+                else f"reached by {row['reached']} of {row['num_seeds']}",
+                _shown(row["ratio"], "{:.1f}".format),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _bare(results: Mapping[str, Any]) -> str:
+    bare, plan = results["bare"], results["plan"]
+    if bare.get("failed"):
+        return f"Failed: {bare['failed'].splitlines()[0]}"
+    num_frozen, num_train = plan["counts"]["train"] + plan["counts"]["validation"], plan["counts"]["train"]
+    rows = [
+        [f"frozen pass, {engine}", f"{rate:,.1f} images/s", _seconds(num_frozen / rate)]
+        for engine, rate in bare["images_per_second"].items()
+    ]
+    rows += [
+        [
+            f"an epoch of the {bare['suffix_products']} matrix products of the last {plan['num_blocks']} blocks, "
+            f"{dtype}",
+            f"{1 / each:,.1f} images/s",
+            _seconds(num_train * each),
+        ]
+        for dtype, each in bare["suffix_seconds_per_image"].items()
+    ]
+    rows += [[name, "", _seconds(seconds)] for name, seconds in _ours(results["records"]).items()]
+    text = table(["", "rate", f"{num_frozen:,} images, or an epoch of {num_train:,}"], rows)
+    engines = (bare.get("engines") or "").strip()
+    return text + (f"\n\n```text\n{engines}\n```" if engines else "")
+
+
+def _ours(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what kubegraft took where the limits hold: its stage with the frozen pass, and an epoch of fine-tuning."""
+    found = {}
+    cold = [each for each in records if each["contestant"] == "kubegraft-cold" and not each["failed"]]
+    if heads := [
+        each["stage_seconds"]["train_head"] for each in cold if "train_head" in each["stage_seconds"]
+    ]:
+        found["kubegraft-cold: stage `train_head` whole, loading and decoding included"] = sum(heads) / len(
+            heads
+        )
+    epochs = [
+        event["phase_seconds"] / (event["epoch"] + 1)
+        for each in cold
+        for event in each["events"][-2:]
+        if event["stage"] == "fine_tune" and "phase_seconds" in event and "epoch" in event
+    ]
+    if epochs:
+        found["kubegraft-cold: an epoch of `fine_tune`, validation included"] = epochs[-1]
+    return found
+
+
+def _large(rows: Sequence[Mapping[str, Any]]) -> str:
+    return table(
+        ["backbone", "way", "images", "rate", "work", "whole process", "peak memory"],
+        [
+            [
+                row["backbone"] or "any",
+                f"`{row['way']}`",
+                f"{row['num_images']:,}",
+                _shown(row["images_per_second"], "{:,.1f} images/s".format),
+                _seconds(row["work_seconds"]),
+                _seconds(row["seconds"]),
+                _mib(row["peak_memory_bytes"]),
+            ]
+            for row in rows
+            if not row["failed"]
+        ],
+    )
