@@ -101,9 +101,8 @@ def _run_and_publish(
     summary = summarise(output, results, to_values(run_config), time.monotonic() - started)
     if publish_uri:
         summary["published"] = storage.public_uri(publish_uri)
-        (
-            output_dir / UNPUBLISHED_FILE
-        ).touch()  # the summary travels too, so it can't say what is yet to be done
+        # A file of its own: the summary travels too, so it can't say what is yet to be done.
+        (output_dir / UNPUBLISHED_FILE).touch()
     write_summary(summary, output_dir)
     if publish_uri:
         storage.publish_tree(output_dir, publish_uri, only=RESULTS)

@@ -19,6 +19,7 @@ from kubegraft.rendering.pods import (
     pod_security,
     scaled,
 )
+from kubegraft.reporting.metrics import PORT_VARIABLE
 from kubegraft.run_config import RunConfig
 
 _CONTAINER: Final = "kubegraft"
@@ -170,7 +171,7 @@ def _subclasses(kind: type[KubegraftError]) -> set[type[KubegraftError]]:
 
 
 def _template(setting: Setting, accelerators: Accelerators, config_name: str, *flags: str) -> Manifest:
-    mounts = [
+    mounts: list[Manifest] = [
         {"name": "work", "mountPath": _WORK_DIR},
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "config", "mountPath": _CONFIG_DIR, "readOnly": True},
@@ -186,21 +187,7 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
     if setting.publish_uri:
         flags = (*flags, "--publish", setting.publish_uri)
     output = f"{_WORK_DIR}/{setting.name}"
-    container: Manifest = {
-        "name": _CONTAINER,
-        "image": setting.image,
-        "imagePullPolicy": "IfNotPresent",
-        "args": ["run", "--config", f"{_CONFIG_DIR}/run.yaml", "--output", output, *flags],
-        "env": _variables(setting, accelerators),
-        "resources": _resources(setting, accelerators),
-        "securityContext": container_security(),
-        "volumeMounts": mounts,
-    }
-    if setting.metrics:
-        container["env"].append({"name": "KUBEGRAFT_METRICS_PORT", "value": str(_METRICS_PORT)})
-        container["ports"] = [{"name": "metrics", "containerPort": _METRICS_PORT}]
-    if setting.secret:
-        container["envFrom"] = [{"secretRef": {"name": setting.secret}}]
+    arguments = ["run", "--config", f"{_CONFIG_DIR}/run.yaml", "--output", output, *flags]
     spec: Manifest = {
         "serviceAccountName": setting.service_account,
         "automountServiceAccountToken": False,
@@ -208,7 +195,7 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 60,  # time for a checkpoint, on SIGTERM
         "securityContext": pod_security(),
-        "containers": [container],
+        "containers": [_container(setting, accelerators, arguments, mounts)],
         "volumes": volumes,
     }
     if accelerators.node_selector:
@@ -216,6 +203,26 @@ def _template(setting: Setting, accelerators: Accelerators, config_name: str, *f
     if accelerators.tolerations:
         spec["tolerations"] = [dict(toleration) for toleration in accelerators.tolerations]
     return {"metadata": {"labels": labels("task", setting.name)}, "spec": spec}
+
+
+def _container(
+    setting: Setting, accelerators: Accelerators, arguments: list[str], mounts: list[Manifest]
+) -> Manifest:
+    container: Manifest = {
+        "name": _CONTAINER,
+        "image": setting.image,
+        "imagePullPolicy": "IfNotPresent",
+        "args": arguments,
+        "env": _variables(setting, accelerators),
+        "resources": _resources(setting, accelerators),
+        "securityContext": container_security(),
+        "volumeMounts": mounts,
+    }
+    if setting.metrics:
+        container["ports"] = [{"name": "metrics", "containerPort": _METRICS_PORT}]
+    if setting.secret:
+        container["envFrom"] = [{"secretRef": {"name": setting.secret}}]
+    return container
 
 
 def _variables(setting: Setting, accelerators: Accelerators) -> list[Manifest]:
@@ -229,6 +236,8 @@ def _variables(setting: Setting, accelerators: Accelerators) -> list[Manifest]:
         variables.append({"name": BUDGET_VARIABLE, "value": OPEN_BUDGET})
     if accelerators.count:
         variables.append({"name": REQUIRE_VARIABLE, "value": str(accelerators.count)})
+    if setting.metrics:
+        variables.append({"name": PORT_VARIABLE, "value": str(_METRICS_PORT)})
     return variables
 
 
