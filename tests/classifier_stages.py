@@ -53,6 +53,7 @@ def write_model(directory: Path, dataset_dir: Path, *, skill: float, **facts: ob
         "weights": options.weights,
         "weights_digest": options.weights,
         "input_size": INPUT_SIZE,
+        "num_unfrozen_blocks": 0,
         "model_digest": model_digest(model),
         "choices": [{"name": "num_blocks", "value": 3, "reason": "few <images>"}],
         "head_choices": [{"name": "learning_rate", "value": 0.001, "reason": "set by the user"}],

@@ -18,6 +18,8 @@ DISK_SHARE: Final = 0.5
 MEMORY_SHARE: Final = 0.5
 # Passes of an image through the whole network that are bearable without a cache and without a GPU.
 _BEARABLE_PASSES: Final = 100_000
+# Each costs several times the one before: its blocks see larger activations.
+_DEEPER_TRIALS: Final = 2
 
 Way = Literal["activations", "full graph", "features only"]
 
@@ -60,8 +62,8 @@ class Wish:
         num_train: Images to train on.
         num_validation: Images to choose by.
         num_backbone_blocks: Blocks that the backbone has.
-        num_blocks: Most blocks to unfreeze.
-        blocks_given: Whether the user set `num_blocks`, so that fewer will not do.
+        num_blocks: Blocks to unfreeze; where they are not given, deeper cuts may be tried after them.
+        blocks_given: Whether the user set `num_blocks`, so that no other number will do.
         num_views: Views of each training image, the image as it is included.
         views_given: Whether the user chose the transforms, so that the image as it is will not do.
         mixes_pixels: Whether mixup is on.
@@ -86,7 +88,8 @@ class ActivationPlan:
     Attributes:
         way: `activations` (only the suffix trains, from kept activations), `full graph` (the frozen blocks run
             again in every epoch), or `features only` (no block is unfrozen).
-        trials: Numbers of blocks to unfreeze in one trial after the other, from few to many.
+        trials: Numbers of blocks to unfreeze in one trial after the other, from few to many; whether all are tried
+            depends on what the ones before come to.
         num_views: Views that are kept of each training image.
         disk_bytes: Most that the activations take on disk at one time.
         in_memory: Whether they fit into memory, so that the disk is read once.
@@ -101,10 +104,14 @@ class ActivationPlan:
     reason: str
 
 
-def depths(most: int) -> tuple[int, ...]:
-    """Return how many blocks to unfreeze in one trial after the other: 1, 2, 4, ... up to `most`."""
-    doubled = [2**power for power in range(most.bit_length()) if 2**power < most]
-    return (*doubled, most) if most else ()
+def deeper(num_blocks: int, num_backbone_blocks: int) -> tuple[int, ...]:
+    """Return how many blocks to unfreeze in trials after that of `num_blocks`: half as many again each time."""
+    found = []
+    for _ in range(_DEEPER_TRIALS):
+        num_blocks += -(-num_blocks // 2)
+        if num_blocks < num_backbone_blocks:
+            found.append(num_blocks)
+    return tuple(found)
 
 
 def plan_activations(wish: Wish, cuts: Sequence[Cut], limits: Limits) -> ActivationPlan:
@@ -130,12 +137,13 @@ def plan_activations(wish: Wish, cuts: Sequence[Cut], limits: Limits) -> Activat
     fewest_views = 2 if wish.views_given else 1
     for num_blocks in (wish.num_blocks,) if wish.blocks_given else range(wish.num_blocks, 0, -1):
         for num_views in range(wish.num_views, fewest_views - 1, -1):
-            needed = _disk_bytes(wish, by_blocks, num_blocks, num_views)
+            needed = _bytes(wish, by_blocks[num_blocks], num_views)
             in_memory = needed <= MEMORY_SHARE * limits.memory_bytes
             if needed <= DISK_SHARE * limits.free_disk_bytes and (in_memory or num_views == fewest_views):
                 reason = _reason(wish, by_blocks[num_blocks], num_views, needed, in_memory)
-                trials = _trials(wish, num_blocks)
-                return ActivationPlan("activations", trials, num_views, needed, in_memory, reason)
+                trials = _trials(wish, by_blocks, num_blocks, num_views, limits)
+                largest = max(_bytes(wish, by_blocks[each], num_views) for each in trials)
+                return ActivationPlan("activations", trials, num_views, largest, in_memory, reason)
     return _without_cache(wish, by_blocks, limits, fewest_views)
 
 
@@ -144,15 +152,15 @@ def describe_cuts(wish: Wish, cuts: Sequence[Cut], limits: Limits) -> list[dict[
     rows: list[dict[str, str | int]] = []
     by_blocks = {cut.num_blocks: cut for cut in cuts}
     for cut in sorted(cuts, key=lambda cut: cut.num_blocks):
-        needed = _one_cut_bytes(wish, cut, wish.num_views)
-        on_disk = _one_cut_bytes(wish, cut, 1) <= DISK_SHARE * limits.free_disk_bytes
+        needed = _bytes(wish, cut, wish.num_views)
+        on_disk = _bytes(wish, cut, 1) <= DISK_SHARE * limits.free_disk_bytes
         fits = "memory" if needed <= MEMORY_SHARE * limits.memory_bytes and on_disk else "disk"
         rows.append(
             {
                 "num_blocks": cut.num_blocks,
                 "activations": by_blocks[cut.num_blocks].shown,
                 "bytes_an_image": cut.row_bytes,
-                "bytes_one_view": _one_cut_bytes(wish, cut, 1),
+                "bytes_one_view": _bytes(wish, cut, 1),
                 "bytes_all_views": needed,
                 "fits": fits if on_disk else "no",
             }
@@ -169,19 +177,19 @@ def shown_bytes(number: float) -> str:
     return f"{number:.3g} TiB"
 
 
-def _one_cut_bytes(wish: Wish, cut: Cut, num_views: int) -> int:
+def _bytes(wish: Wish, cut: Cut, num_views: int) -> int:
     return (num_views * wish.num_train + wish.num_validation) * cut.row_bytes
 
 
-def _disk_bytes(wish: Wish, by_blocks: dict[int, Cut], num_blocks: int, num_views: int) -> int:
-    """Return the bytes of the deepest cut and of the largest other one that is tried beside it."""
-    others = _trials(wish, num_blocks)[:-1]
-    beside = max((_one_cut_bytes(wish, by_blocks[depth], num_views) for depth in others), default=0)
-    return _one_cut_bytes(wish, by_blocks[num_blocks], num_views) + beside
-
-
-def _trials(wish: Wish, num_blocks: int) -> tuple[int, ...]:
-    return (num_blocks,) if wish.blocks_given else depths(num_blocks)
+def _trials(
+    wish: Wish, by_blocks: dict[int, Cut], num_blocks: int, num_views: int, limits: Limits
+) -> tuple[int, ...]:
+    """Return `num_blocks`, and the deeper cuts whose activations fit into memory in as many views."""
+    room = min(MEMORY_SHARE * limits.memory_bytes, DISK_SHARE * limits.free_disk_bytes)
+    if wish.blocks_given or num_blocks < wish.num_blocks:
+        return (num_blocks,)
+    more = deeper(num_blocks, wish.num_backbone_blocks)
+    return (num_blocks, *(each for each in more if _bytes(wish, by_blocks[each], num_views) <= room))
 
 
 def _full_graph(wish: Wish, reason: str) -> ActivationPlan:
@@ -206,7 +214,7 @@ def _without_cache(
     wish: Wish, by_blocks: dict[int, Cut], limits: Limits, fewest_views: int
 ) -> ActivationPlan:
     least = min(
-        _disk_bytes(wish, by_blocks, number, fewest_views)
+        _bytes(wish, by_blocks[number], fewest_views)
         for number in ((wish.num_blocks,) if wish.blocks_given else range(1, wish.num_blocks + 1))
     )
     short = (

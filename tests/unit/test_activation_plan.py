@@ -4,15 +4,18 @@ import dataclasses
 
 import pytest
 
-from kubegraft.activation_plan import Cut, Limits, Wish, depths, plan_activations
+from kubegraft.activation_plan import Cut, Limits, Wish, deeper, plan_activations
 from kubegraft.config import FineTuneConfig
 from kubegraft.machine_limits import free_disk_bytes, memory_limit_bytes
 from kubegraft.recipes import DatasetFacts, fine_tune_wish, resolve_fine_tune
 
 GIB = 2**30
 # EfficientNet-Lite0 at 224 pixels, as far as it matters.
-CUTS = [Cut(n, 37_632, "7 x 7 x 192") for n in range(1, 5)] + [
-    Cut(n, 87_808, "14 x 14 x 112") for n in (5, 6)
+CUTS = [
+    *(Cut(n, 37_632, "7 x 7 x 192") for n in range(1, 5)),
+    *(Cut(n, 87_808, "14 x 14 x 112") for n in (5, 6)),
+    *(Cut(n, 62_720, "14 x 14 x 80") for n in (7, 8, 9)),
+    *(Cut(n, 125_440, "28 x 28 x 40") for n in range(10, 16)),
 ]
 WISH = Wish(
     num_train=1_000,
@@ -34,26 +37,27 @@ def plan(limits=ROOMY, **changes):
 
 def test_where_all_fits_nothing_is_given_up():
     found = plan()
-    assert (found.way, found.trials, found.num_views, found.in_memory) == (
-        "activations",
-        (1, 2, 4, 6),
-        4,
-        True,
-    )
-    # The deepest cut's activations, and those of the trial beside it.
-    assert found.disk_bytes == 4_300 * (87_808 + 37_632)
+    assert (found.way, found.trials, found.num_views, found.in_memory) == ("activations", (6, 9, 14), 4, True)
+    # One cut's activations are there at a time.
+    assert found.disk_bytes == 4_300 * 125_440
 
 
 @pytest.mark.parametrize(
-    ("most", "expected"), [(0, ()), (1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
+    ("first", "expected"), [(0, ()), (1, (2, 3)), (3, (5, 8)), (6, (9, 14)), (9, (14,)), (12, ())]
 )
-def test_depths_double_up_to_the_most(most, expected):
-    assert depths(most) == expected
+def test_each_deeper_trial_has_half_as_many_blocks_again(first, expected):
+    assert tuple(each for each in deeper(first, 16) if each) == expected
+
+
+def test_deeper_cuts_that_do_not_fit_into_memory_are_not_tried():
+    assert plan(Limits(GIB, 500 * GIB)).trials == (6, 9)
+    assert plan(Limits(int(0.75 * GIB), 500 * GIB)).trials == (6, 9)
+    assert plan(num_blocks=4, blocks_given=True).trials == (4,)
 
 
 def test_views_go_before_blocks_where_memory_is_short():
     found = plan(Limits(int(0.5 * GIB), 500 * GIB))
-    assert (found.trials[-1], found.num_views, found.in_memory) == (6, 1, True)
+    assert (found.trials[0], found.num_views, found.in_memory) == (6, 2, True)
     assert "4 views would not fit" in found.reason
 
 
@@ -62,9 +66,9 @@ def test_one_view_may_be_larger_than_memory_but_not_than_the_disk():
     on_disk = plan(Limits(16 * GIB, 500 * GIB), **million)
     assert (on_disk.way, on_disk.num_views, on_disk.in_memory) == ("activations", 1, False)
     assert "read from disk" in on_disk.reason
-    smaller = plan(Limits(16 * GIB, 180 * GIB), **million)
-    assert smaller.trials == (1, 2, 4)
-    assert smaller.disk_bytes <= 90 * GIB
+    smaller = plan(Limits(16 * GIB, 170 * GIB), **million)
+    assert smaller.trials == (4,)
+    assert smaller.disk_bytes <= 85 * GIB
     nothing = plan(Limits(16 * GIB, 20 * GIB), **million)
     assert (nothing.way, nothing.trials) == ("features only", (0,))
     assert plan(Limits(16 * GIB, 20 * GIB, has_gpu=True), **million).way == "full graph"

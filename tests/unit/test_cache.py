@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kubegraft.cache import FeatureCache, FeatureSpace, image_key, image_keys, view_seeds
+from kubegraft.cache import FeatureCache, FeatureSpace, image_key, image_keys
 from kubegraft.cache.folder import SpaceFolder
 from kubegraft.cache.shelves import open_shelf
 from kubegraft.cache.upkeep import prune, stats, verify
@@ -246,14 +246,6 @@ def test_keys_may_be_a_mapped_file(tmp_path):
         filled = FeatureCache.open(tmp_path / "cache").fill(POOLED, keys, compute_from(values))
         assert np.array_equal(filled.values, values)
     assert filled.num_found == 9
-
-
-def test_seeds_of_views_depend_on_image_number_and_augmentation_only():
-    keys = keys_of(range(100))
-    seeds = np.concatenate([view_seeds(keys, view, digest) for view in (1, 2) for digest in ("a", "b")])
-    assert len(np.unique(seeds, axis=0)) == 400
-    assert (seeds >= 0).all()
-    assert np.array_equal(view_seeds(keys[::-1], 2, "a")[::-1], view_seeds(keys, 2, "a"))
 
 
 def test_keys_are_the_digests_of_a_manifest():

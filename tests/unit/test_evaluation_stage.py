@@ -16,6 +16,7 @@ from kubegraft.evaluation import evaluate as stage
 from kubegraft.evaluation.evaluate import confusion_matrix_of, evaluate
 from kubegraft.evaluation.inference import answer_split
 from kubegraft.modeling.classifier import load_classifier
+from kubegraft.training.frozen_pass import PassCounts
 from tests.classifier_stages import NAMES, write_dataset, write_model
 
 
@@ -31,11 +32,14 @@ def paths(tmp_path_factory):
     return {"root": root, "dataset": dataset, "model": model, "reference": reference, "result": result}
 
 
-def test_answers_are_those_of_the_model_itself_one_image_at_a_time(paths):
+@pytest.mark.parametrize("num_unfrozen", [0, 3, 16])  # of 16: nothing is frozen
+def test_answers_are_those_of_the_model_itself_one_image_at_a_time(paths, tmp_path, num_unfrozen):
     manifest = load_manifest(paths["dataset"])
-    model = load_classifier(paths["model"]).model
+    loaded = load_classifier(paths["model"])
+    loaded.metadata["num_unfrozen_blocks"] = num_unfrozen
     with SplitReader(paths["dataset"], manifest, "test") as reader:
-        answers = answer_split(model, reader)
+        answers = answer_split(loaded, reader, tmp_path, PassCounts())
+        model = loaded.model
         own = [np.asarray(model(decode_bytes(each)[np.newaxis], training=False))[0] for each in reader]
     np.testing.assert_allclose(answers.confidence, np.max(own, axis=1), atol=1e-5)
     assert answers.predicted.tolist() == np.argmax(own, axis=1).tolist()
@@ -111,6 +115,21 @@ def test_a_finished_evaluation_is_not_run_again_and_repeats_bit_for_bit(paths, t
     assert elsewhere.digest == paths["result"].digest
     first, second = ((root / "evaluation" / "report.html").read_bytes() for root in (paths["root"], tmp_path))
     assert first == second
+
+
+def test_what_the_cache_holds_is_not_computed_again(paths, tmp_path, monkeypatch):
+    monkeypatch.setenv("KUBEGRAFT_CACHE", str(tmp_path / "cache"))
+    config = EvaluateConfig(num_bootstrap_samples=200)
+    arguments = (paths["dataset"], paths["model"])
+    first, second = (
+        evaluate(*arguments, tmp_path / name, config, paths["reference"]) for name in ("first", "second")
+    )
+    num_test = first.metrics["num_test"]
+    assert first.metrics["images_decoded"] >= num_test
+    assert first.metrics["features_computed"] == num_test  # both models stand on one frozen backbone
+    assert second.metrics["images_decoded"] == second.metrics["features_computed"] == 0
+    assert second.metrics["features_found"] == 2 * num_test
+    assert second.digest == first.digest == paths["result"].digest
 
 
 def test_without_a_reference_nothing_is_compared(paths, tmp_path):

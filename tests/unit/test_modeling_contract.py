@@ -21,7 +21,7 @@ from kubegraft.modeling.classifier import (
     save_classifier,
 )
 from kubegraft.modeling.freezing import freeze_backbone, rate_multipliers, training_plan, unfreeze_last_blocks
-from kubegraft.modeling.splitting import between, boundary_of, split_backbone
+from kubegraft.modeling.splitting import boundary_of, split_backbone
 
 CLASSES = ("ant", "bee", "cat")
 # Every kind of thing that a description of a model may hold: operations, nested models, classes of one architecture.
@@ -164,9 +164,6 @@ def test_both_halves_are_the_whole_and_train_it(case: Case) -> None:
         assert_alike(gradient, gradients[path], path)
     # The halves are views of the whole, which they leave as it was.
     assert (described, digest) == (case.model.to_json(), model_digest(case.model))
-    shallow = max(num_blocks // 2, 1)
-    later = between(case.core, case.backbone, num_blocks, shallow)(activations)
-    assert_alike(later, split_backbone(case.core, case.backbone, shallow).activations(pixels), "between cuts")
 
 
 def test_every_cut_has_a_boundary(case: Case) -> None:

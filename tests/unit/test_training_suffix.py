@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kubegraft.activation_plan import ActivationPlan
 from kubegraft.config import FineTuneConfig, HeadConfig, IngestConfig
 from kubegraft.data.ingest import ingest
 from kubegraft.data.manifest import load_manifest
@@ -17,11 +16,12 @@ from kubegraft.modeling.classifier import load_classifier, parts
 from kubegraft.modeling.freezing import rate_multipliers, unfreeze_last_blocks
 from kubegraft.modeling.splitting import split_backbone
 from kubegraft.stage import read_result
-from kubegraft.training import features, loop
+from kubegraft.training import block_trials, features, loop
+from kubegraft.training.block_trials import Trial, try_depths
 from kubegraft.training.distribution import make_strategy
 from kubegraft.training.fine_tune import fine_tune
 from kubegraft.training.head import train_head
-from kubegraft.training.loop import LoopConfig, train
+from kubegraft.training.loop import History, LoopConfig, train
 from kubegraft.training.sources import ImageSource
 from kubegraft.training.suffix_data import SuffixData
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnSuffix
@@ -56,7 +56,9 @@ def head(dataset, tmp_path_factory):
 def found(dataset, head, tmp_path_factory):
     """A model directory of a fine-tuning that nobody disturbed, with its number of blocks found by trials."""
     output = tmp_path_factory.mktemp("found") / "model"
-    fine_tune(dataset, head, output, FineTuneConfig(**FINE_TUNE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_trials, "FEWEST_ERRORS", 0)  # of so few images
+        fine_tune(dataset, head, output, FineTuneConfig(**FINE_TUNE))
     return output
 
 
@@ -94,8 +96,7 @@ def trained(way, dataset, head, directory, num_views, num_blocks=4):
         trainable = HeadOnBackbone(parts(model), BATCH_SIZE, multipliers)
         sources = tuple(InTurns(each) for each in images)
     else:
-        plan = ActivationPlan("activations", (num_blocks,), num_views, 0, True, "")
-        split, sources = SuffixData(strategy, model, BACKBONE, plan, directory).sources(num_blocks, images)
+        split, sources = SuffixData(strategy, model, BACKBONE, directory).sources(num_blocks, images)
         trainable = HeadOnSuffix(parts(model), split, BATCH_SIZE, multipliers)
     config = LoopConfig(
         phase="fine_tune",
@@ -164,7 +165,8 @@ def test_a_cut_behind_a_trainable_block_is_refused(head):
 def test_open_blocks_are_found_by_trials_and_told(found):
     metadata = load_classifier(found).metadata
     trials = metadata["trials"]
-    assert [trial["num_blocks"] for trial in trials] == [1, 2, 4][: len(trials)]
+    assert [trial["num_blocks"] for trial in trials] == [2, 3, 5][: len(trials)]
+    assert len(trials) > 1
     best = max(trials, key=lambda trial: (trial["validation_accuracy"], -trial["validation_loss"]))
     assert metadata["num_unfrozen_blocks"] == best["num_blocks"] == metadata["config"]["num_blocks"]
     assert read_result(found).metrics["validation_accuracy"] == best["validation_accuracy"]
@@ -182,6 +184,43 @@ def test_blocks_found_by_trials_are_as_good_as_given_ones(dataset, head, found, 
     models = [load_classifier(directory).model for directory in (tmp_path / "given", found)]
     for one, other in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_validation", "accuracies", "tried", "ended"),
+    [
+        (1000, (0.90, 0.95, 0.98), 3, ""),
+        (1000, (0.90, 0.89, 0.98), 2, "did not pay"),
+        (1000, (0.50, 0.95, 0.98), 1, "did not pay"),  # the model that came in had 0.6
+        (100, (0.90, 0.95, 0.98), 2, "5 wrong answers"),
+    ],
+    ids=["all pay", "one does not", "worse than before", "too few errors"],
+)
+def test_deeper_cuts_are_tried_while_they_pay(num_validation, accuracies, tried, ended):
+    def run(depth, _):
+        result = {"validation_accuracy": accuracies[depths.index(depth)], "validation_loss": 1.0}
+        before = {"validation_accuracy": 0.6, "validation_loss": 1.0}
+        kept = 0 if result["validation_accuracy"] > 0.6 else -1
+        return Trial(depth, History(start=before, epochs=[{**result, "seconds": 1.0}], best_epoch=kept), ())
+
+    depths = (6, 9, 14)
+    best, summaries, reason = try_depths(depths, run, num_validation=num_validation, time_budget_seconds=0)
+    assert len(summaries) == tried
+    assert best.num_blocks == depths[max(range(tried), key=lambda number: accuracies[number])]
+    assert ended in reason
+    assert (reason == "") == (ended == "")
+
+
+def test_deeper_cuts_share_the_time_budget():
+    def run(depth, left):
+        given.append(left)
+        result = {"validation_accuracy": depth / 100, "validation_loss": 1.0, "seconds": 10.0}
+        return Trial(depth, History(start=result, epochs=[result], best_epoch=0), ())
+
+    given: list[float] = []
+    _, _, reason = try_depths((6, 9, 14), run, num_validation=1000, time_budget_seconds=25)
+    assert given == [25, 15]
+    assert "time budget" in reason
 
 
 MIXES = {
@@ -205,12 +244,14 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(
     dataset, head, found, tmp_path, monkeypatch, module, stops
 ):
     config = FineTuneConfig(**FINE_TUNE)
+    monkeypatch.setattr(block_trials, "FEWEST_ERRORS", 0)
+    stop_requested = module.stop_requested
     for number_of_calls in stops:
         remaining = iter([False] * (number_of_calls - 1) + [True])
         monkeypatch.setattr(module, "stop_requested", lambda remaining=remaining: next(remaining, False))
         with pytest.raises(Interrupted):
             fine_tune(dataset, head, tmp_path / "stopped", config)
-    monkeypatch.undo()
+    monkeypatch.setattr(module, "stop_requested", stop_requested)
     continued = fine_tune(dataset, head, tmp_path / "stopped", config)
     assert continued.digest == read_result(found).digest
 

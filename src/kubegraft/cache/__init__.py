@@ -17,7 +17,7 @@ Nothing here raises because of what is on the disk: a value that is missing, dam
 """
 
 from kubegraft.cache.feature_cache import Ensured, FeatureCache, Filled
-from kubegraft.cache.keys import first_of_each, image_key, image_keys, view_seeds
+from kubegraft.cache.keys import first_of_each, image_key, image_keys
 from kubegraft.cache.location import BUDGET_VARIABLE, CACHE_VARIABLE, OFF, OPEN_BUDGET, default_location
 from kubegraft.cache.reader import FeatureReader
 from kubegraft.cache.spaces import FeatureSpace
@@ -38,5 +38,4 @@ __all__ = [
     "first_of_each",
     "image_key",
     "image_keys",
-    "view_seeds",
 ]

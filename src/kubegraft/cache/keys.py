@@ -77,25 +77,3 @@ def first_of_each(
     origin = indices[first[inverse.reshape(-1)]]
     repeated = origin != indices
     return indices[~repeated], indices[repeated], origin[repeated]
-
-
-def view_seeds(keys: Keys, views: int | Views, augmentation: str) -> NDArray[np.int32]:
-    """Return the seed of each view: it depends on the image, the view's number and the augmentation, on nothing else.
-
-    So the k-th view of an image is the same in every run, split and order of the data.
-
-    Args:
-        keys: `uint8[n, 32]`.
-        views: Number of the view, or one for each key; 1 is the first augmented one.
-        augmentation: As in `FeatureSpace.augmentation`.
-
-    Returns:
-        `int32[n, 2]`, not negative: what TensorFlow's stateless random functions take.
-    """
-    keys, views = checked(keys, views)
-    salt = hashlib.sha256(augmentation.encode()).digest()
-    seeds = bytearray()
-    for key, view in zip(keys, views.tolist(), strict=True):
-        content = key.tobytes() + view.to_bytes(4, "little")
-        seeds += hashlib.blake2b(content, digest_size=8, key=salt).digest()
-    return (np.frombuffer(bytes(seeds), "<u4").reshape(-1, 2) & 0x7FFFFFFF).astype(np.int32)

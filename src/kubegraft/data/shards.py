@@ -129,6 +129,7 @@ class SplitReader:
         labels: `int32[n]`, the class of each image, in `[0, len(manifest.classes))`.
         digests: `uint8[n, 32]`, SHA-256 of the bytes of each image.
         num_read: Images that were read so far, each time one was.
+        failure: What `read` raised first, for whoever reads in threads that pass no exception on.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str], manifest: Manifest, split: str) -> None:
@@ -159,6 +160,7 @@ class SplitReader:
         self._lock = threading.Lock()
         self._paths: tuple[str, ...] | None = None
         self.num_read = 0
+        self.failure: DataError | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -187,6 +189,16 @@ class SplitReader:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}). Received: index={index}")
+        try:
+            encoded = self._verified(index)
+        except DataError as error:
+            self.failure = self.failure or error
+            raise
+        with self._lock:
+            self.num_read += 1
+        return encoded
+
+    def _verified(self, index: int) -> bytes:
         number, offset, length, _ = map(int, self._index[index])
         encoded = os.pread(self._descriptor(number), length, offset)
         if hashlib.sha256(encoded).digest() != self.digests[index].tobytes():
@@ -195,8 +207,6 @@ class SplitReader:
                 f"{self.split} split don't have the digest that ingest recorded. Received: {len(encoded)} of "
                 f"{length} bytes at offset {offset}. Ingest again, or restore the shard from a copy."
             )
-        with self._lock:
-            self.num_read += 1
         return encoded
 
     def close(self) -> None:

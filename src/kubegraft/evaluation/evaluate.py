@@ -88,7 +88,7 @@ def evaluate(
 
     def body(workspace: Workspace) -> Outcome:
         directories = [Path(model_dir), *([Path(reference_dir)] if reference_dir is not None else [])]
-        return _Evaluation(Path(dataset_dir), manifest, directories, config).write(workspace.staging, inputs)
+        return _Evaluation(Path(dataset_dir), manifest, directories, config, workspace).write(inputs)
 
     return run_stage("evaluate", output_dir, inputs=inputs, config=config, body=body)
 
@@ -140,13 +140,15 @@ class _Evaluation:
     manifest: Manifest
     model_dirs: Sequence[Path]
     config: EvaluateConfig
+    workspace: Workspace
 
-    def write(self, directory: Path, inputs: dict[str, str]) -> Outcome:
-        """Measure and write everything into `directory`."""
+    def write(self, inputs: dict[str, str]) -> Outcome:
+        """Measure and write everything."""
         from kubegraft import tensorflow_setup
 
         tensorflow_setup.setup(self.config.seed)
-        models = [self._answered(model_dir) for model_dir in self.model_dirs]
+        directory = self.workspace.staging
+        models, work = self._answered()
         images = [image for image in read_images(self.dataset_dir) if image.split == "test"]
         measured = self._measured(models)
         content = json.dumps({**measured, "inputs": inputs}, indent=1, ensure_ascii=False) + "\n"
@@ -159,18 +161,25 @@ class _Evaluation:
         provenance = {f"{name}_digest": digest for name, digest in inputs.items()}
         provenance |= {"seed": str(self.config.seed), "kubegraft": __version__}
         digest = hashlib.sha256(content.encode() + predictions.encode()).hexdigest()
-        return Outcome(digest=digest, metrics=measured["metrics"], provenance=provenance)
+        return Outcome(digest=digest, metrics={**measured["metrics"], **work}, provenance=provenance)
 
-    def _answered(self, model_dir: Path) -> EvaluatedModel:
+    def _answered(self) -> tuple[list[EvaluatedModel], dict[str, float]]:
+        """Return what each model says of the test split, and how much of the frozen parts was computed for it."""
         from kubegraft.data.shards import SplitReader
         from kubegraft.evaluation.inference import answer_split
         from kubegraft.modeling.classifier import load_classifier
+        from kubegraft.training.frozen_pass import PassCounts, work_of
 
-        loaded = load_classifier(model_dir)
-        _require_same_classes(loaded.metadata["classes"], self.manifest.classes, model_dir)
+        models, counts = [], PassCounts()
         with SplitReader(self.dataset_dir, self.manifest, "test") as reader:
-            answers = answer_split(loaded.model, reader)
-        return EvaluatedModel(model_dir, dict(loaded.metadata), answers)
+            for number, model_dir in enumerate(self.model_dirs):
+                loaded = load_classifier(model_dir)
+                _require_same_classes(loaded.metadata["classes"], self.manifest.classes, model_dir)
+                directory = self.workspace.scratch / f"model-{number}"
+                directory.mkdir(exist_ok=True)
+                answers = answer_split(loaded, reader, directory, counts)
+                models.append(EvaluatedModel(model_dir, dict(loaded.metadata), answers))
+        return models, work_of("evaluate", counts, [reader])
 
     def _measured(self, models: Sequence[EvaluatedModel]) -> dict[str, Any]:
         answers = models[0].answers

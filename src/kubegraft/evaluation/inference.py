@@ -1,103 +1,84 @@
-"""What a classifier says about every image of a split, in memory that does not grow with the split."""
+"""What a classifier says about every image of a split: its frozen part from the feature cache where that has it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, Self
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import tensorflow as tf
 
-from kubegraft.data.decode import decode_any
+from kubegraft.cache import FeatureCache
 from kubegraft.data.shards import SplitReader
-from kubegraft.errors import DataError
 from kubegraft.evaluation.metrics import Answers
-from kubegraft.reporting.progress import Progress
+from kubegraft.modeling.backbones import get_backbone
+from kubegraft.modeling.classifier import ClassifierParts, LoadedClassifier, parts
+from kubegraft.modeling.splitting import split_backbone
+from kubegraft.training.frozen_pass import FrozenPass, PassCounts
+from kubegraft.training.sources import ImageSource
 
 _BATCH_SIZE: Final = 32
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceSteps:
-    """A classifier in inference mode, cut behind its first layer.
-
-    Images of different sizes can't share a batch, so each is resized on its own, by the model's own layer,
-    and everything behind that layer runs on batches.
-
-    Attributes:
-        resize: From `uint8[height, width, 3]` to `[input_size, input_size, 3]`.
-        forward: From a batch of those to `float32[batch, classes]`, a `tf.function`.
-        resized: Shape and dtype of one resized image.
-    """
-
-    resize: Callable[[Any], Any]
-    forward: Callable[[Any], Any]
-    resized: Any
-
-    @classmethod
-    def of(cls, model: Any) -> Self:
-        """Cut a classifier of `kubegraft.modeling.classifier`; its weights stay shared."""
-        import keras
-
-        resized = model.get_layer("resize").output
-        front, behind = keras.Model(model.input, resized), keras.Model(resized, model.output)
-        shape = resized.shape[1:]
-        batch = tf.TensorSpec([None, *shape], resized.dtype)
-
-        def resize(image: Any) -> Any:
-            return tf.ensure_shape(front(image[tf.newaxis], training=False)[0], shape)
-
-        @tf.function(input_signature=[batch], autograph=False)
-        def forward(images: Any) -> Any:
-            return behind(images, training=False)
-
-        return cls(resize, forward, tf.TensorSpec(shape, resized.dtype))
-
-
-def answer_split(model: Any, reader: SplitReader) -> Answers:
+def answer_split(
+    loaded: LoadedClassifier, reader: SplitReader, directory: Path, counts: PassCounts
+) -> Answers:
     """Return the model's answers to every image, in inference mode and in the reader's order.
 
+    The blocks that training left frozen are computed as they were for training (`frozen_pass`), so that what the
+    cache holds of them is not computed again; all behind them is Keras's.
+
     Args:
-        model: Classifier of `kubegraft.modeling.classifier`.
+        loaded: Classifier.
         reader: Split with at least one image.
+        directory: For the rows that are computed.
+        counts: Is added to.
 
     Raises:
         DataError: If an image can't be read or decoded.
         EvaluationError: If the model's outputs are no probabilities.
     """
-    steps = InferenceSteps.of(model)
-    failures: list[DataError] = []
-    answers, position = [], 0
-    try:
-        with Progress("evaluate", len(reader), "images") as progress:
-            for batch in _resized_batches(reader, steps, failures):
-                probabilities = steps.forward(batch).numpy()
-                labels = reader.labels[position : position + len(probabilities)]
-                answers.append(Answers.of(probabilities, labels))
-                position += len(labels)
-                progress.update(len(labels))
-    except tf.errors.OpError as error:
-        if failures:  # raised in a thread of tf.data, which knows TensorFlow's own errors only
-            raise failures[0] from error
-        raise DataError(
-            f"The images of the `{reader.split}` split must be readable, as ingest found them. Received: "
-            f"{error.message}. Ingest the images again."
-        ) from error
+    frozen_pass, behind = _halves(loaded, counts)
+    rows = frozen_pass.rows(ImageSource(reader, loaded.metadata["input_size"]), directory / "rows.npy")
+    dtype = tf.as_dtype(frozen_pass.dtype)
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, rows.shape[1]], tf.as_dtype(rows.dtype))], autograph=False
+    )
+    def answer(some: Any) -> Any:
+        return tf.nn.softmax(behind(some if some.dtype == dtype else tf.bitcast(some, dtype)))
+
+    answers = []
+    for start in range(0, len(rows), _BATCH_SIZE):
+        part = slice(start, start + _BATCH_SIZE)
+        answers.append(Answers.of(answer(np.asarray(rows[part])).numpy(), reader.labels[part]))
     return Answers.joined(answers)
 
 
-def _resized_batches(reader: SplitReader, steps: InferenceSteps, failures: list[DataError]) -> Any:
-    def read(index: np.int64) -> bytes:
-        try:
-            return reader.read(int(index))
-        except DataError as error:
-            failures.append(error)
-            raise
+def _halves(loaded: LoadedClassifier, counts: PassCounts) -> tuple[FrozenPass, Callable[[Any], Any]]:
+    """Return the pass through the frozen blocks, and a function from its rows to logits `float32[batch, classes]`.
 
-    def load(index: Any) -> Any:
-        encoded = tf.ensure_shape(tf.numpy_function(read, [index], tf.string), ())
-        return steps.resize(decode_any(encoded))
+    Where all blocks were trained, the pass goes through them all: the model's own, which no other model shares.
+    """
+    model_parts, backbone = parts(loaded.model), get_backbone(loaded.metadata["backbone"])
+    num_unfrozen = loaded.metadata["num_unfrozen_blocks"]
+    how = {
+        "strategy": tf.distribute.get_strategy(),
+        "policy": "float32",
+        "cache": FeatureCache.open(),
+        "counts": counts,
+    }
+    if not 0 < num_unfrozen < backbone.num_blocks:
+        return FrozenPass.to_pooled(model_parts, backbone, **how), lambda rows: _logits(model_parts, rows)
+    split = split_backbone(model_parts.backbone, backbone, num_unfrozen)
+    return (
+        FrozenPass.to_boundary(split, backbone, **how),
+        lambda rows: _logits(model_parts, model_parts.pool(split.feature_map(rows))),
+    )
 
-    images = tf.data.Dataset.range(len(reader)).map(load, tf.data.AUTOTUNE, deterministic=True)
-    return images.batch(_BATCH_SIZE).prefetch(2)
+
+def _logits(model_parts: ClassifierParts, pooled: Any) -> Any:
+    for layer in model_parts.head_layers:
+        pooled = layer(pooled, training=False)
+    return pooled

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import tensorflow as tf
 
 from kubegraft.data.decode import decode_image
-from kubegraft.evaluation.inference import InferenceSteps
 
 SIGNATURES: Final = ("serve", "serving_default")
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """A classifier in inference mode, cut behind its first layer.
+
+    Images of different sizes can't share a batch, so each is resized on its own, by the model's own layer,
+    and everything behind that layer runs on batches.
+
+    Attributes:
+        resize: From `uint8[height, width, 3]` to `[input_size, input_size, 3]`.
+        forward: From a batch of those to `float32[batch, classes]`, a `tf.function`.
+        resized: Shape and dtype of one resized image.
+    """
+
+    resize: Callable[[Any], Any]
+    forward: Callable[[Any], Any]
+    resized: Any
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Cut a classifier of `kubegraft.modeling.classifier`; its weights stay shared."""
+        import keras
+
+        resized = model.get_layer("resize").output
+        front, behind = keras.Model(model.input, resized), keras.Model(resized, model.output)
+        shape = resized.shape[1:]
+        batch = tf.TensorSpec([None, *shape], resized.dtype)
+
+        def resize(image: Any) -> Any:
+            return tf.ensure_shape(front(image[tf.newaxis], training=False)[0], shape)
+
+        @tf.function(input_signature=[batch], autograph=False)
+        def forward(images: Any) -> Any:
+            return behind(images, training=False)
+
+        return cls(resize, forward, tf.TensorSpec(shape, resized.dtype))
 
 
 def write_saved_model(model: Any, classes: Sequence[str], directory: Path) -> None:
@@ -35,7 +72,7 @@ def write_saved_model(model: Any, classes: Sequence[str], directory: Path) -> No
 
 
 def _served(model: Any, classes: Sequence[str]) -> Any:
-    steps = InferenceSteps.of(model)
+    steps = _Steps.of(model)
     names = tf.constant([name.encode("utf-8", "surrogateescape") for name in classes])
 
     def serve(image_bytes: Any) -> dict[str, Any]:

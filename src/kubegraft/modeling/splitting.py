@@ -95,34 +95,6 @@ def boundary_of(core: Any, backbone: Backbone, num_blocks: int) -> Boundary:
     return _boundary(_crossing(core, backbone, num_blocks), num_blocks)
 
 
-def between(core: Any, backbone: Backbone, deep: int, shallow: int) -> Any:
-    """Return a function from the activations at a deep cut to those at a shallower one.
-
-    Args:
-        core: Keras model of the backbone.
-        backbone: Says where its blocks end.
-        deep: Blocks behind the cut that the activations come from.
-        shallow: Blocks behind the cut that they are wanted for; fewer than `deep`.
-    """
-    import keras
-
-    crossing = _crossing(core, backbone, deep)
-    boundary = _boundary(crossing, deep)
-    # A tensor may cross both cuts; Keras does not let an input be an output, but an identity of it.
-    wanted = _crossing(core, backbone, shallow)
-    both = [tensor for tensor in wanted if any(tensor is other for other in crossing)]
-    computed = [tensor for tensor in wanted if not any(tensor is other for other in both)]
-    middle = keras.Model(crossing, computed, name="middle")
-
-    def convert(rows: Any) -> Any:
-        tensors = unpack(rows, boundary)
-        made = iter(_listed(middle(tensors, training=False)))
-        through = {id(known): given for known, given in zip(crossing, tensors, strict=True)}
-        return pack([through[id(tensor)] if id(tensor) in through else next(made) for tensor in wanted])
-
-    return convert
-
-
 def pack(tensors: Any) -> Any:
     """Return tensors `[batch, ...]` as one row for each image, `[batch, row_length]`."""
     import tensorflow as tf

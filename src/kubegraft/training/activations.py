@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from kubegraft.modeling.splitting import Boundary
 from kubegraft.training.batches import EpochBatches
-from kubegraft.training.features import extract_rows
 from kubegraft.training.frozen_pass import FrozenPass
 from kubegraft.training.sources import ImageSource
 
@@ -77,43 +76,3 @@ def image_activations(
     """
     rows = functools.partial(frozen_pass.rows, images, path)
     return ActivationSource(images.reader.labels, boundary, max(images.num_views, 1), rows)
-
-
-def later_activations(
-    strategy: Any,
-    convert: Callable[[Any], Any],
-    deep: ActivationSource,
-    boundary: Boundary,
-    path: Path,
-) -> ActivationSource:
-    """Return the activations at a shallower cut, computed from those at a deeper one.
-
-    Args:
-        strategy: A `tf.distribute` strategy.
-        convert: Rows at the deeper cut to rows at the shallower one; see `splitting.between`.
-        deep: Activations at the deeper cut.
-        boundary: What crosses the shallower cut.
-        path: File that keeps the activations.
-    """
-    rows = functools.partial(
-        extract_rows,
-        strategy,
-        convert,
-        _AllRows(deep),
-        row_length=boundary.row_length,
-        path=path,
-        dtype=boundary.dtype,
-        phase="activations",
-    )
-    return ActivationSource(deep.labels, boundary, deep._num_views, rows)
-
-
-class _AllRows:
-    """Every row of an `ActivationSource`, each view an example of its own."""
-
-    def __init__(self, deep: ActivationSource) -> None:
-        self.labels = np.tile(deep.labels, deep._num_views)
-        self._flat = ActivationSource(self.labels, deep._boundary, 1, lambda: deep.rows)
-
-    def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
-        return self._flat.inputs(batches, rows, columns, batch_size)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from kubegraft.reporting.events import log_event
 from kubegraft.training.loop import History, rank
+
+# With fewer wrong answers on validation, which of two depths is better is a matter of luck.
+FEWEST_ERRORS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +48,22 @@ class Trial:
 
 
 def try_depths(
-    depths: Sequence[int], run: Callable[[int, float], Trial], time_budget_seconds: float
-) -> tuple[Trial, list[dict[str, Any]]]:
-    """Return the best trial, and what to say of each.
+    depths: Sequence[int],
+    run: Callable[[int, float], Trial],
+    *,
+    num_validation: int,
+    time_budget_seconds: float,
+) -> tuple[Trial, list[dict[str, Any]], str]:
+    """Return the best trial, what to say of each, and why it ended there: "" where all were tried.
 
-    The next depth is tried while the one before was better on validation than all before it, and while
-    there is time.
+    The next depth is tried while the one before was better on validation than all before it and than the model
+    that came in, answered so many images wrongly that a better one could be told from it, and left more time than
+    it took.
 
     Args:
         depths: Numbers of blocks, from few to many; at least one.
         run: Number of blocks and seconds left (0 for no limit) to its trial.
+        num_validation: Images that the trials are compared by.
         time_budget_seconds: Time for all trials together; 0 for no limit, so that the result does not depend
             on the machine's speed.
     """
@@ -66,20 +75,29 @@ def try_depths(
         summaries.append(trial.summary())
         if len(depths) > 1:
             log_event("fine_tune", "tried", **trial.summary())
-        paid = best is None or rank(trial.history.best) > rank(best.history.best)
+        paid = trial.history.best_epoch >= 0 if best is None else _is_better(trial, best)
         if best is None or paid:
             best = trial
         left -= trial.seconds
-        if not paid or (time_budget_seconds and left <= 0):
-            break
+        num_wrong = round((1 - trial.history.best["validation_accuracy"]) * num_validation)
+        if not paid:
+            return best, summaries, "the last trial did not pay"
+        if num_wrong < FEWEST_ERRORS:
+            return best, summaries, f"{num_wrong} wrong answers on validation can't tell a better one"
+        if time_budget_seconds and left <= trial.seconds:
+            return best, summaries, "the time budget leaves too little"
     if best is None:
         raise ValueError("depths must not be empty")
-    return best, summaries
+    return best, summaries, ""
 
 
-def reason_of(best: Trial, summaries: Sequence[dict[str, Any]], depths: Sequence[int]) -> str:
+def reason_of(summaries: Sequence[dict[str, Any]], depths: Sequence[int], ended: str) -> str:
     """Return why so many blocks are unfrozen, in one sentence."""
     tried = ", ".join(f"{row['num_blocks']} ({row['validation_accuracy']:.4f})" for row in summaries)
     untried = [str(depth) for depth in depths[len(summaries) :]]
-    ended = f"; {' and '.join(untried)} were not tried, since the last trial did not pay" if untried else ""
-    return f"best on validation of the numbers tried: {tried}{ended}"
+    left = f"; {' and '.join(untried)} not tried, since {ended}" if untried else ""
+    return f"best on validation of the numbers tried: {tried}{left}"
+
+
+def _is_better(trial: Trial, other: Trial) -> bool:
+    return rank(trial.history.best) > rank(other.history.best)

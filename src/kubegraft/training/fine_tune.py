@@ -31,7 +31,7 @@ from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage, write_atomically
 from kubegraft.training.block_trials import Trial, reason_of, try_depths
 from kubegraft.training.distribution import divisible_batch_size, has_gpu, make_strategy, precision_policy
-from kubegraft.training.frozen_pass import PassCounts
+from kubegraft.training.frozen_pass import PassCounts, work_of
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import (
     HEAD_HISTORY_FILE,
@@ -39,7 +39,6 @@ from kubegraft.training.outputs import (
     digest_of_variables,
     require_images,
     require_unmoved,
-    work_of,
     write_model,
 )
 from kubegraft.training.plans import loop_config, transforms_of
@@ -131,7 +130,6 @@ class _FineTuning:
             self.strategy,
             self.model,
             self.backbone,
-            self.plan,
             workspace.scratch,
             policy=precision_policy(config.mixed_precision),
             cache=FeatureCache.open(),
@@ -139,10 +137,15 @@ class _FineTuning:
         )
 
     def run(self) -> Outcome:
-        best, trials = try_depths(self.plan.trials, self._try, self.config.time_budget_seconds)
+        best, trials, ended = try_depths(
+            self.plan.trials,
+            self._try,
+            num_validation=self.manifest.splits["validation"].num_images,
+            time_budget_seconds=self.config.time_budget_seconds,
+        )
         self._use(best)
         if len(self.plan.trials) > 1:
-            reason = reason_of(best, trials, self.plan.trials)
+            reason = reason_of(trials, self.plan.trials, ended)
             log_event("fine_tune", "choice", name="num_blocks", value=best.num_blocks, reason=reason)
             self._rechoose("num_blocks", best.num_blocks, reason)
         kept = "fine_tuned" if best.history.best_epoch >= 0 else "head"

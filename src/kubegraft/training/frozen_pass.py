@@ -10,15 +10,19 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
 from kubegraft.cache import OFF, FeatureCache, FeatureReader, FeatureSpace, FeatureWriter, first_of_each
+from kubegraft.data.shards import SplitReader
+from kubegraft.modeling.backbone import Backbone
+from kubegraft.modeling.classifier import ClassifierParts
 from kubegraft.modeling.identity import network_digest
+from kubegraft.modeling.splitting import SplitBackbone
 from kubegraft.reporting.events import log_event
 from kubegraft.training.distribution import has_gpu
 from kubegraft.training.features import extract_rows, frozen_forward
@@ -39,6 +43,23 @@ class PassCounts:
 
     num_found: int = 0
     num_computed: int = 0
+
+
+def work_of(stage: str, counts: PassCounts, readers: Iterable[SplitReader]) -> dict[str, float]:
+    """Return, and log, how much of the frozen part's work this call did itself.
+
+    Args:
+        stage: Name of the stage.
+        counts: Of its frozen passes.
+        readers: All that read images for it.
+    """
+    work = {
+        "images_decoded": sum(reader.num_read for reader in readers),
+        "features_found": counts.num_found,
+        "features_computed": counts.num_computed,
+    }
+    log_event(stage, "frozen passes", **work)
+    return {name: float(value) for name, value in work.items()}
 
 
 @dataclass(kw_only=True)
@@ -74,13 +95,67 @@ class FrozenPass:
     phase: str = "features"
     _engine: Any = field(default=None, init=False)
 
+    @classmethod
+    def to_pooled(cls, model_parts: ClassifierParts, backbone: Backbone, **how: Any) -> Self:
+        """Return the pass through a whole frozen backbone, to pooled features `float32[num_images, dim]`.
+
+        Args:
+            model_parts: Of a classifier.
+            backbone: Its backbone.
+            how: `strategy`, `policy`, `cache` and `counts`.
+        """
+        core = model_parts.backbone
+
+        def pooled(pixels: Any) -> Any:
+            return model_parts.pool(core(pixels, training=False))
+
+        length = int(core.output_shape[-1])
+        return cls(
+            network=core,
+            forward=pooled,
+            kind="pooled",
+            row_length=length,
+            dtype="float32",
+            backbone=backbone.name,
+            **how,
+        )
+
+    @classmethod
+    def to_boundary(cls, split: SplitBackbone, backbone: Backbone, **how: Any) -> Self:
+        """Return the pass through the blocks before a cut, to boundary activations.
+
+        Args:
+            split: The backbone's two halves.
+            backbone: The backbone.
+            how: `strategy`, `policy`, `cache` and `counts`.
+        """
+        block = backbone.blocks[backbone.num_blocks - split.boundary.num_blocks - 1]
+        return cls(
+            network=split.prefix,
+            forward=split.activations,
+            kind=f"boundary:{block}",
+            row_length=split.boundary.row_length,
+            dtype=split.boundary.dtype,
+            backbone=backbone.name,
+            all_or_nothing=True,
+            phase="activations",
+            **how,
+        )
+
     def rows(self, images: ImageSource, path: Path) -> np.ndarray:
         """Return the rows of a split, each view of an image a row of its own; see `extract_rows`.
 
         Args:
             images: The split.
             path: Name of a file in the work directory.
+
+        Raises:
+            DataError: If an image can't be read.
         """
+        with images.reading():
+            return self._rows(images, path)
+
+    def _rows(self, images: ImageSource, path: Path) -> np.ndarray:
         if self._engine is None:
             identity = hashlib.sha256(f"{self.kind} {images.input_size} {self._digest}".encode()).hexdigest()
             self._engine = frozen_forward(self.strategy, self.forward, images, images.input_size, identity)

@@ -23,7 +23,7 @@ from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
-from kubegraft.training.frozen_pass import FrozenPass, PassCounts
+from kubegraft.training.frozen_pass import FrozenPass, PassCounts, work_of
 from kubegraft.training.head_search import SearchData, search_head
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
 from kubegraft.training.loop import History, train
@@ -31,7 +31,6 @@ from kubegraft.training.outputs import (
     digest_of_variables,
     require_images,
     require_unmoved,
-    work_of,
     write_model,
 )
 from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
@@ -246,15 +245,11 @@ class _HeadTraining:
 
     def _features(self, split: str, model_parts: ClassifierParts) -> FeatureSource:
         if self.frozen_pass is None:
-            self.frozen_pass = FrozenPass(
+            self.frozen_pass = FrozenPass.to_pooled(
+                model_parts,
+                self.backbone,
                 strategy=self.strategy,
-                network=model_parts.backbone,
-                forward=HeadOnBackbone(model_parts, self.config.batch_size).pooled,
-                kind="pooled",
-                row_length=int(model_parts.backbone.output_shape[-1]),
-                dtype="float32",
                 policy=precision_policy(self.config.mixed_precision),
-                backbone=self.backbone.name,
                 cache=self.cache,
                 counts=self.counts,
             )

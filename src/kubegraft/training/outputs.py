@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +17,11 @@ import tensorflow as tf
 from kubegraft import __version__
 from kubegraft.config import TrainingConfig
 from kubegraft.data.manifest import Manifest
-from kubegraft.data.shards import SplitReader
 from kubegraft.errors import TrainingError
 from kubegraft.modeling.classifier import model_digest, save_classifier
 from kubegraft.recipes import Choice
-from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, write_atomically
 from kubegraft.storage import public_uri
-from kubegraft.training.frozen_pass import PassCounts
 from kubegraft.training.loop import History
 
 MODEL_SCHEMA: Final = 1
@@ -106,23 +103,6 @@ def write_model(
             **{name: value for name, value in facts.items() if isinstance(value, (str, int, float, bool))},
         },
     )
-
-
-def work_of(stage: str, counts: PassCounts, readers: Iterable[SplitReader]) -> dict[str, float]:
-    """Return, and log, how much of the frozen part's work this call did itself.
-
-    Args:
-        stage: Name of the stage.
-        counts: Of its frozen passes.
-        readers: All that read images for it.
-    """
-    work = {
-        "images_decoded": sum(reader.num_read for reader in readers),
-        "features_found": counts.num_found,
-        "features_computed": counts.num_computed,
-    }
-    log_event(stage, "frozen passes", **work)
-    return {name: float(value) for name, value in work.items()}
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import tensorflow as tf
 from kubegraft.data.augmentation import augment_image
 from kubegraft.data.decode import decode_any
 from kubegraft.data.shards import SplitReader
+from kubegraft.errors import DataError
 from kubegraft.training.batches import EpochBatches
 
 
@@ -127,6 +129,23 @@ class ImageSource:
             .batch(batch_size, drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
         )
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise the DataError for an image that can't be read, where TensorFlow's threads only know their own errors.
+
+        Raises:
+            DataError: If a shard is damaged, or an image can't be decoded.
+        """
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if self.reader.failure:
+                raise self.reader.failure from error
+            raise DataError(
+                f"The images of the `{self.reader.split}` split must be readable, as ingest found them. Received: "
+                f"{error.message}. Ingest the images again."
+            ) from error
 
     def _seen(self, index: np.ndarray, partner: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the view of each example, and the numbers of its image and its partner's in the split."""

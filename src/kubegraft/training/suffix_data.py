@@ -1,27 +1,25 @@
-"""The activations of each cut that fine-tuning tries: at the deepest from images, at the others from the deepest."""
+"""The activations at each cut that fine-tuning tries, in files of one directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from kubegraft.activation_plan import ActivationPlan
 from kubegraft.cache import OFF, FeatureCache
 from kubegraft.modeling.backbone import Backbone
 from kubegraft.modeling.classifier import parts
-from kubegraft.modeling.splitting import SplitBackbone, between, split_backbone
-from kubegraft.training.activations import ActivationSource, image_activations, later_activations
+from kubegraft.modeling.splitting import SplitBackbone, split_backbone
+from kubegraft.training.activations import ActivationSource, image_activations
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts
 from kubegraft.training.sources import ImageSource
 
-_SPLITS = ("train", "validation")
+_SPLITS: Final = ("train", "validation")
 
 
 class SuffixData:
-    """Activations of the training and validation images, in files of one directory.
+    """Activations of the training and validation images; those of one cut at a time.
 
-    The frozen blocks see every image and view once, at the deepest cut of the plan. Shallower cuts, which are
-    tried first, are computed from there, and their files go when their trial is done.
+    Each cut's come from the images, by as many blocks as are frozen for it: a deeper trial's pass is the shorter one.
     """
 
     def __init__(
@@ -29,7 +27,6 @@ class SuffixData:
         strategy: Any,
         model: Any,
         backbone: Backbone,
-        plan: ActivationPlan,
         directory: Path,
         *,
         policy: str = "float32",
@@ -40,19 +37,20 @@ class SuffixData:
 
         Args:
             strategy: A `tf.distribute` strategy.
-            model: Classifier on `backbone`. Activations are those of its weights when a trial starts.
+            model: Classifier on `backbone`.
             backbone: Says where its blocks end.
-            plan: Says which cuts are tried, and how many views are kept.
             directory: For the files.
             policy: Keras dtype policy of `model`.
-            cache: Where the activations at the deepest cut are looked for and kept; None for nowhere.
+            cache: Where activations are looked for and kept; None for nowhere.
             counts: Is added to.
         """
-        self._strategy, self._core, self._backbone = strategy, parts(model).backbone, backbone
-        self._deepest, self._directory = plan.trials[-1], directory
-        self._policy = policy
-        self._cache, self._counts = cache or FeatureCache.open(OFF), counts or PassCounts()
-        self._deep: dict[str, ActivationSource] = {}
+        self._core, self._backbone, self._directory = parts(model).backbone, backbone, directory
+        self._how = {
+            "strategy": strategy,
+            "policy": policy,
+            "cache": cache or FeatureCache.open(OFF),
+            "counts": counts or PassCounts(),
+        }
 
     def sources(
         self, num_blocks: int, images: tuple[ImageSource, ImageSource]
@@ -62,54 +60,21 @@ class SuffixData:
         Nothing is computed before the activations are asked for.
 
         Args:
-            num_blocks: One of the plan's trials.
+            num_blocks: Blocks behind the cut.
             images: Training images in the plan's views, and validation images as they are.
         """
-        deepest = split_backbone(self._core, self._backbone, self._deepest)
-        if not self._deep:
-            frozen_pass = self._frozen_pass(deepest)
-            self._deep = {
-                split: image_activations(
-                    frozen_pass, deepest.boundary, source, self._path(split, self._deepest)
-                )
-                for split, source in zip(_SPLITS, images, strict=True)
-            }
-        if num_blocks == self._deepest:
-            return deepest, (self._deep["train"], self._deep["validation"])
-        wanted = split_backbone(self._core, self._backbone, num_blocks)
-        convert = between(self._core, self._backbone, self._deepest, num_blocks)
+        split = split_backbone(self._core, self._backbone, num_blocks)
+        frozen_pass = FrozenPass.to_boundary(split, self._backbone, **self._how)
         train, validation = (
-            later_activations(
-                self._strategy, convert, self._deep[split], wanted.boundary, self._path(split, num_blocks)
-            )
-            for split in _SPLITS
+            image_activations(frozen_pass, split.boundary, source, self._path(name, num_blocks))
+            for name, source in zip(_SPLITS, images, strict=True)
         )
-        return wanted, (train, validation)
+        return split, (train, validation)
 
     def forget(self, num_blocks: int) -> None:
-        """Remove the files of a trial that is done, unless others are computed from them."""
-        if num_blocks != self._deepest:
-            for split in _SPLITS:
-                path = self._path(split, num_blocks)
-                path.with_suffix(".done").unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-
-    def _frozen_pass(self, split: SplitBackbone) -> FrozenPass:
-        block = self._backbone.blocks[self._backbone.num_blocks - self._deepest - 1]
-        return FrozenPass(
-            strategy=self._strategy,
-            network=split.prefix,
-            forward=split.activations,
-            kind=f"boundary:{block}",
-            row_length=split.boundary.row_length,
-            dtype=split.boundary.dtype,
-            policy=self._policy,
-            backbone=self._backbone.name,
-            cache=self._cache,
-            counts=self._counts,
-            all_or_nothing=True,
-            phase="activations",
-        )
+        """Remove the files of a trial that is done."""
+        for path in self._directory.glob(f"*-{num_blocks}-blocks*"):
+            path.unlink()
 
     def _path(self, split: str, num_blocks: int) -> Path:
         return self._directory / f"{split}-{num_blocks}-blocks.npy"

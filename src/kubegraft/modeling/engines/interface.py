@@ -53,7 +53,6 @@ class FrozenGraph:
 
     Attributes:
         input_size: Side of the images in pixels.
-        traced: The concrete function; its one input is the images, its one output the rows.
     """
 
     def __init__(self, forward: Forward, input_size: int, identity: str = "") -> None:
@@ -67,8 +66,16 @@ class FrozenGraph:
         """
         self.input_size, self._identity = input_size, identity
         self._forward = forward  # a concrete function does not keep its variables alive
-        images = tf.TensorSpec([None, input_size, input_size, 3], tf.float32, name="images")
-        self.traced = tf.function(
+
+    @cached_property
+    def traced(self) -> Any:
+        """The concrete function; its one input is the images, its one output the rows.
+
+        Made when it is needed: what is known of a graph by its identity takes no tracing, which lasts a second.
+        """
+        images = tf.TensorSpec([None, self.input_size, self.input_size, 3], tf.float32, name="images")
+        forward = self._forward
+        return tf.function(
             lambda pixels: tf.cast(forward(pixels), tf.float32), input_signature=[images], autograph=False
         ).get_concrete_function()
 
