@@ -41,7 +41,7 @@ def test_answers_are_those_of_the_model_itself_one_image_at_a_time(paths, tmp_pa
         answers = answer_split(loaded, reader, tmp_path, PassCounts())
         model = loaded.model
         own = [np.asarray(model(decode_bytes(each)[np.newaxis], training=False))[0] for each in reader]
-    np.testing.assert_allclose(answers.confidence, np.max(own, axis=1), atol=1e-5)
+    np.testing.assert_allclose(answers.confidence, np.max(own, axis=1), atol=1e-4)  # an engine's tolerance
     assert answers.predicted.tolist() == np.argmax(own, axis=1).tolist()
     assert np.std(answers.confidence) > 1e-3  # answers that don't depend on the image would agree anyway
 

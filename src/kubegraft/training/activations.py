@@ -45,22 +45,29 @@ class ActivationSource:
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         """Return batches of activations, `[batch_size, boundary.row_length]`; see `sources.Source`."""
-        index = batches.index[rows, columns].reshape(-1, batch_size)
-        view = (index + batches.epoch) % self._num_views
         kept = self.rows
-        stored = tf.as_dtype(kept.dtype)
+        wanted = self._wanted(batches)[rows, columns].reshape(-1, batch_size)
 
-        def gather(wanted: np.ndarray) -> np.ndarray:
-            return kept.take(wanted, axis=0)
+        def load(numbers: Any) -> Any:
+            found = tf.numpy_function(
+                lambda numbers: kept.take(numbers, axis=0), [numbers], tf.as_dtype(kept.dtype), stateful=False
+            )
+            return tf.ensure_shape(self._as_computed(found), (batch_size, self._boundary.row_length))
 
-        def load(wanted: Any) -> Any:
-            found = tf.numpy_function(gather, [wanted], stored, stateful=False)
-            if self._boundary.dtype == "bfloat16":
-                found = tf.bitcast(found, tf.bfloat16)
-            return tf.ensure_shape(found, (batch_size, self._boundary.row_length))
-
-        wanted = view * len(self.labels) + index
         return tf.data.Dataset.from_tensor_slices(wanted).map(load).prefetch(2)
+
+    def batch(self, batches: EpochBatches, step: int) -> Any:
+        """Return the activations of one batch, `[batch_size, boundary.row_length]`; see `steps.RowSource`."""
+        return self._as_computed(tf.constant(self.rows.take(self._wanted(batches)[step], axis=0)))
+
+    def _wanted(self, batches: EpochBatches) -> np.ndarray:
+        """Return the numbers of the rows of an epoch's batches, `int[num_steps, batch_size]`."""
+        view = (batches.index + batches.epoch) % self._num_views
+        numbers: np.ndarray = view * len(self.labels) + batches.index
+        return numbers
+
+    def _as_computed(self, stored: Any) -> Any:
+        return tf.bitcast(stored, tf.bfloat16) if self._boundary.dtype == "bfloat16" else stored
 
 
 def image_activations(

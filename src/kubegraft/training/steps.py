@@ -1,15 +1,17 @@
-"""Compiled steps over the batches of an epoch: one at a time from a stream, or many at once from held features.
+"""Compiled steps over the batches of an epoch: from a stream, from rows of an array, or many from held features.
 
 A step of a head on features is a fraction of a millisecond of matrix products; handing each batch from Python
 to the graph costs several times that. So features that fit are held on the device, and one call of the graph
-runs as many steps as take about a fifth of a second, gathering each batch itself. Both ways compute the same.
+runs as many steps as take about a fifth of a second, gathering each batch itself. Rows of boundary activations are
+copied to one device faster than a stream's threads hand them on: those took a seventh of the time. All ways compute
+the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow as tf
@@ -30,6 +32,14 @@ _CALL_SECONDS: Final = 0.2
 ReplicaStep = Callable[[tuple[Any, Any], Any], Any]
 
 
+@runtime_checkable
+class RowSource(Source, Protocol):
+    """A source whose batches are rows of an array."""
+
+    def batch(self, batches: EpochBatches, step: int) -> Any:
+        """Return the inputs of one global batch, as `Source.inputs` would."""
+
+
 class Steps(Protocol):
     """A compiled step, bound to one split."""
 
@@ -48,10 +58,34 @@ class Steps(Protocol):
 
 
 def make_steps(strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep) -> Steps:
-    """Return steps over a split, from held features where they fit."""
+    """Return steps over a split, by the fastest way there is for it."""
     if isinstance(source, FeatureSource) and source.features.nbytes <= RESIDENT_BYTES:
         return _ResidentSteps(strategy, source, batch_size, replica_step)
+    if isinstance(source, RowSource) and strategy.num_replicas_in_sync == 1:
+        return _RowSteps(strategy, source, replica_step)
     return _StreamedSteps(strategy, source, batch_size, replica_step)
+
+
+class _RowSteps:
+    """Batches are gathered from an array and handed to the one device there is, a call of the graph each."""
+
+    def __init__(self, strategy: Any, source: RowSource, replica_step: ReplicaStep) -> None:
+        self._source = source
+
+        @tf.function(reduce_retracing=True)
+        def step(batch: Any, seed: Any) -> Any:
+            return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
+
+        self._step = step
+
+    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Run one step a yield; see `Steps`."""
+        arrays = _numbers(self._source, batches)
+        for number in range(first, batches.num_steps):
+            inputs = self._source.batch(batches, number)
+            numbers = tuple(tf.constant(array[number]) for array in arrays)
+            key = tf.constant([seed[0], seed[1] + number], tf.int32)
+            yield self._step((inputs, numbers), key).numpy()[None]
 
 
 class _StreamedSteps:
