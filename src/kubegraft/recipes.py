@@ -19,8 +19,9 @@ MIXUP_ALPHA: Final = 0.2
 _ENLARGEMENT: Final = 3
 _SMALLEST_USEFUL_SIDE: Final = 96
 _LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
-# Images up to which so many views of each are kept. More images vary enough by themselves.
-_VIEWS: Final = ((20_000, 4), (200_000, 2))
+# Views that are kept of each image, up to so many images: more vary enough by themselves.
+_NUM_VIEWS: Final = 2
+_MOST_VARIED: Final = 200_000
 # Pooled features of the registered backbones have 512 to 2,560 numbers.
 _WEIGHTS_OF_A_CLASS: Final = 1000
 
@@ -129,7 +130,7 @@ def resolve_fine_tune(
         "learning_rate": (
             (1e-4, "a large backbone is moved gently")
             if large
-            else (1e-3, "a small backbone with batch norm bears AdamW's usual rate after a warm-up")
+            else (3e-4, "a small backbone bears more, but at 1e-3 it forgets what serves images unlike these")
         ),
         "rate_decay": (0.85, "earlier blocks are more general, so that each learns slower than the next"),
         "weight_decay": (0.01, "AdamW's usual decay"),
@@ -153,7 +154,7 @@ def fine_tune_wish(
         num_backbone_blocks: Blocks that the backbone has.
     """
     transforms = {name.strip() for name in resolved.augmentation.split(",")} - {"none"}
-    views = next((views for most, views in _VIEWS if facts.num_train <= most), 1)
+    views = _NUM_VIEWS if facts.num_train <= _MOST_VARIED else 1
     # A view costs a pass through the frozen blocks, which must not outweigh the epochs that it is for.
     views = max(1, min(views, -(-resolved.num_epochs // 2)))
     chosen = given.augmentation not in (AUTO_NAME, "none")
@@ -213,8 +214,8 @@ def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:
 
 
 def _fine_tune_epochs(facts: DatasetFacts) -> tuple[int, str]:
-    epochs = max(3, min(12, -(-8_000 // max(facts.num_train, 1))))
-    return epochs, f"about 8,000 images seen of {facts.num_train}, within 3 and 12 epochs"
+    epochs = max(3, min(8, -(-6_000 // max(facts.num_train, 1))))
+    return epochs, f"about 6,000 images seen of {facts.num_train}, within 3 and 8 epochs"
 
 
 def _num_blocks(config: FineTuneConfig, facts: DatasetFacts, num_blocks: int) -> tuple[int, str]:
