@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from kubegraft.errors import ConfigError
 from kubegraft.modeling.backbones import BACKBONES
-from kubegraft.modeling.engines import TOLERANCE, FrozenGraph, choose_engine, relative_difference
+from kubegraft.modeling.engines import TOLERANCE, FrozenGraph, choice, choose_engine, relative_difference
 from kubegraft.modeling.engines.keras_forward import KerasForward
 from kubegraft.modeling.engines.litert import LiteRtForward, convert
 from kubegraft.modeling.engines.verdicts import Verdict, Verdicts
@@ -136,12 +136,11 @@ def test_what_the_engine_cannot_convert_is_left_to_keras_and_said(tmp_path, capf
     assert "LiteRT can't run it" in capfd.readouterr().err
 
 
-def test_an_engine_that_differs_is_not_used(tmp_path, capfd):
-    def forward(images):
-        # Drawn anew by each engine.
-        return tf.reduce_mean(images, (1, 2)) + tf.random.uniform((tf.shape(images)[0], 3), maxval=100.0)
-
-    engine = choose_engine(forward, lambda: pictures(3, 16), 16, verdicts=Verdicts(tmp_path))
+def test_an_engine_that_differs_is_not_used(small, tmp_path, capfd, monkeypatch):
+    forward, images = small
+    wrong = FrozenGraph(lambda pixels: 1.001 * forward(pixels), 16)
+    monkeypatch.setattr(choice, "convert", lambda _: convert(wrong))
+    engine = choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
     assert engine.name == "keras"
     assert "LiteRT differs from Keras by" in capfd.readouterr().err
 
