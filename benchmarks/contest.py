@@ -87,13 +87,16 @@ def kubegraft(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kubegraft", *map(str, arguments)]
 
 
-def _run(name: str, *, grown: bool = False, chosen_depth: bool = False) -> Callable[[Plan], Commands]:
+def _run(
+    name: str, *flags: str, grown: bool = False, chosen_depth: bool = False, setting: str = ""
+) -> Callable[[Plan], Commands]:
     def commands(plan: Plan) -> Commands:
         data = plan.data.grown if grown else plan.data.base
         depth = [] if chosen_depth else ["--num-blocks", plan.num_blocks]
-        return [
-            kubegraft("run", data, "--output", plan.directory(name), *depth, *_shared(plan), "--json"),
-        ]
+        command = kubegraft(
+            "run", data, "--output", plan.directory(name), *depth, *_shared(plan), *flags, "--json"
+        )
+        return [["env", setting, *command] if setting else command]
 
     return commands
 
@@ -119,8 +122,10 @@ CONTESTANTS: dict[str, Callable[[Plan], Commands]] = {
     "kubegraft-warm-head": _warm_head,
     "kubegraft-1%": _run("kubegraft-1%", grown=True),
     "kubegraft-auto": _run("kubegraft-auto", chosen_depth=True),
+    "kubegraft-xla": _run("kubegraft-xla", setting="KUBEGRAFT_XLA=on"),
+    "kubegraft-float32": _run("kubegraft-float32", "--mixed-precision", "off"),
 }
-NOT_BY_DEFAULT = ("kubegraft-auto",)
+NOT_BY_DEFAULT = ("kubegraft-auto", "kubegraft-xla", "kubegraft-float32")
 NEED_COLD = ("kubegraft-warm", "kubegraft-warm-head", "kubegraft-1%")
 MEANINGS = {
     "textbook": "plain Keras: frozen backbone in `fit`, then the last blocks unfrozen and `fit` again",
@@ -132,6 +137,8 @@ MEANINGS = {
     "kubegraft-warm-head": "`kubegraft train-head` and `kubegraft evaluate` on the ingested dataset, same cache",
     "kubegraft-1%": "`kubegraft run` with 1 % new training images, same cache",
     "kubegraft-auto": "`kubegraft run` with an empty cache, which chooses the number of blocks itself",
+    "kubegraft-xla": "`kubegraft-cold` with training steps compiled by XLA; for GPUs",
+    "kubegraft-float32": "`kubegraft-cold` without mixed precision; for GPUs",
 }
 
 
@@ -143,7 +150,7 @@ def with_needed(names: Sequence[str]) -> list[str]:
 
 def compete(name: str, plan: Plan) -> dict[str, Any]:
     """Run one contestant, and return its record."""
-    own_cache = plan.work / "auto-cache" if name == "kubegraft-auto" else plan.cache
+    own_cache = plan.work / f"cache-{name}" if name in NOT_BY_DEFAULT else plan.cache
     try:
         commands = CONTESTANTS[name](plan)
     except StopIteration:

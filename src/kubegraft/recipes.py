@@ -7,6 +7,7 @@ report shows. A value that the user gave is never changed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -15,6 +16,8 @@ from kubegraft.config import ADAMW_FIELDS, AUTO, AUTO_NAME, FineTuneConfig, Head
 
 IMBALANCE_TO_BALANCE: Final = 3.0
 MIXUP_ALPHA: Final = 0.2
+_IMAGES_A_REPLICA: Final = 32
+_FEWEST_STEPS: Final = 8
 # Below this side an image is all detail; enlarging it more than this many times adds nothing but work.
 _ENLARGEMENT: Final = 3
 _SMALLEST_USEFUL_SIDE: Final = 96
@@ -67,7 +70,12 @@ class Choice:
 
 
 def resolve_head(
-    config: HeadConfig, facts: DatasetFacts, *, native_input_size: int, accepted_input_size: Any
+    config: HeadConfig,
+    facts: DatasetFacts,
+    *,
+    native_input_size: int,
+    accepted_input_size: Any,
+    num_replicas: int = 1,
 ) -> tuple[HeadConfig, tuple[Choice, ...]]:
     """Return the head's config with every open value chosen, and the choices.
 
@@ -80,13 +88,17 @@ def resolve_head(
         native_input_size: Side in pixels on which the backbone was pretrained.
         accepted_input_size: Function from a wanted side in pixels to the nearest one, not smaller, that the
             backbone accepts.
+        num_replicas: Devices that train together.
     """
-    steps_per_epoch = -(-facts.num_train // 32)
+    batch_size, batch_reason = _batch_size(facts, num_replicas, "a head is cheap to train")
+    steps_per_epoch = -(-facts.num_train // batch_size)
     proposals = {
         "input_size": _input_size(facts, native_input_size, accepted_input_size),
-        "batch_size": (32, "small batches generalise well, and a head is cheap to train"),
+        "batch_size": (batch_size, batch_reason),
         "num_epochs": _head_epochs(steps_per_epoch),
-        "learning_rate": (1e-3, "AdamW's usual rate for a new head on standardised features"),
+        "learning_rate": _scaled(
+            1e-3, "AdamW's usual rate for a new head on standardised features", config, batch_size
+        ),
         "weight_decay": (
             (1.0, "fewer images than a linear head has weights: strong decay")
             if facts.num_train < _WEIGHTS_OF_A_CLASS * facts.num_classes
@@ -112,7 +124,12 @@ def resolve_head(
 
 
 def resolve_fine_tune(
-    config: FineTuneConfig, facts: DatasetFacts, *, num_backbone_blocks: int, num_backbone_parameters: int
+    config: FineTuneConfig,
+    facts: DatasetFacts,
+    *,
+    num_backbone_blocks: int,
+    num_backbone_parameters: int,
+    num_replicas: int = 1,
 ) -> tuple[FineTuneConfig, tuple[Choice, ...]]:
     """Return the fine-tuning config with every open value chosen, and the choices.
 
@@ -121,17 +138,20 @@ def resolve_fine_tune(
         facts: DatasetFacts about the dataset.
         num_backbone_blocks: Blocks that the backbone has.
         num_backbone_parameters: Parameters that the backbone has.
+        num_replicas: Devices that train together.
     """
     large = num_backbone_parameters > _LARGE_BACKBONE_PARAMETERS
+    batch_size, batch_reason = _batch_size(facts, num_replicas, "fit any device")
+    rate, rate_reason = (
+        (1e-4, "a large backbone is moved gently")
+        if large
+        else (3e-4, "a small backbone bears more, but at 1e-3 it forgets what serves images unlike these")
+    )
     proposals = {
         "num_blocks": _num_blocks(config, facts, num_backbone_blocks),
-        "batch_size": (32, "small batches generalise well, and fit any device"),
+        "batch_size": (batch_size, batch_reason),
         "num_epochs": _fine_tune_epochs(facts),
-        "learning_rate": (
-            (1e-4, "a large backbone is moved gently")
-            if large
-            else (3e-4, "a small backbone bears more, but at 1e-3 it forgets what serves images unlike these")
-        ),
+        "learning_rate": _scaled(rate, rate_reason, config, batch_size),
         "rate_decay": (0.85, "earlier blocks are more general, so that each learns slower than the next"),
         "weight_decay": (0.01, "AdamW's usual decay"),
         "label_smoothing": (0.0, "smoothing would blur the probabilities that are calibrated later"),
@@ -193,6 +213,30 @@ def _input_size(facts: DatasetFacts, native: int, accepted: Any) -> tuple[int, s
         return native, f"the backbone was pretrained at {native} px, and images are {side} px (median side)"
     chosen = min(accepted(wanted), native)
     return chosen, f"images are only {side} px (median side): {native} px would cost more and show no more"
+
+
+def _batch_size(facts: DatasetFacts, num_replicas: int, why: str) -> tuple[int, str]:
+    """Return 32 images for each replica, as far as that leaves an epoch enough steps."""
+    largest = max(facts.num_train // (_IMAGES_A_REPLICA * _FEWEST_STEPS), 1)
+    batch_size = _IMAGES_A_REPLICA * min(num_replicas, largest)
+    if batch_size == _IMAGES_A_REPLICA:
+        return batch_size, f"small batches generalise well, and {why}"
+    return batch_size, f"32 on each of {num_replicas} devices, with at least {_FEWEST_STEPS} steps an epoch"
+
+
+def _scaled(rate: float, reason: str, config: TrainingConfig, batch_size: int) -> tuple[float, str]:
+    """Return the rate for a batch that grew with the replicas: by its root, as AdamW's noise wants it.
+
+    Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", section 5. A batch size that
+    the user set says nothing about replicas.
+    """
+    factor = math.sqrt(batch_size / _IMAGES_A_REPLICA)
+    if factor == 1 or config.batch_size != AUTO:
+        return rate, reason
+    return (
+        rate * factor,
+        f"{reason}; times {factor:.3g}, the root of how much the batch grew with the devices",
+    )
 
 
 def _solver(config: HeadConfig) -> tuple[str, str]:

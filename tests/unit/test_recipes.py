@@ -18,18 +18,23 @@ SIGNS = DatasetFacts(
 )
 
 
-def head(facts=SIGNS, config=None, native=224):
+def head(facts=SIGNS, config=None, native=224, replicas=1):
     return resolve_head(
         config or HeadConfig(),
         facts,
         native_input_size=native,
         accepted_input_size=lambda side: -(-side // 32) * 32,
+        num_replicas=replicas,
     )
 
 
-def fine_tune(facts=SIGNS, config=None, blocks=16, parameters=3_400_000):
+def fine_tune(facts=SIGNS, config=None, blocks=16, parameters=3_400_000, replicas=1):
     return resolve_fine_tune(
-        config or FineTuneConfig(), facts, num_backbone_blocks=blocks, num_backbone_parameters=parameters
+        config or FineTuneConfig(),
+        facts,
+        num_backbone_blocks=blocks,
+        num_backbone_parameters=parameters,
+        num_replicas=replicas,
     )
 
 
@@ -121,3 +126,25 @@ def test_a_linear_head_is_solved_for_unless_something_asks_for_epochs(options, s
 def test_a_solver_that_would_ignore_a_choice_is_refused(options, field):
     with pytest.raises(ConfigError, match=rf"`{field}` must .*solver='lbfgs'"):
         HeadConfig(solver="lbfgs", **options)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "num_train", "batch_size"),
+    [(1, 990, 32), (2, 990, 64), (8, 990, 96), (8, 100_000, 256), (4, 90, 32)],
+    ids=["one", "two", "few images", "many images", "too few for two"],
+)
+def test_batch_and_rate_grow_with_the_devices(replicas, num_train, batch_size):
+    facts = dataclasses.replace(SIGNS, num_train=num_train)
+    alone, _ = fine_tune(facts)
+    config, choices = fine_tune(facts, replicas=replicas)
+    assert config.batch_size == batch_size
+    assert config.learning_rate == pytest.approx(alone.learning_rate * (batch_size / 32) ** 0.5)
+    reasons = {choice.name: choice.reason for choice in choices}
+    assert ("devices" in reasons["learning_rate"]) == (batch_size > 32)
+
+
+def test_a_batch_size_that_the_user_sets_scales_nothing():
+    config, _ = fine_tune(config=FineTuneConfig(batch_size=128), replicas=4)
+    assert (config.batch_size, config.learning_rate) == (128, fine_tune()[0].learning_rate)
+    solved, _ = head(config=HeadConfig(solver="adamw"), replicas=4)
+    assert solved.batch_size == 96  # 8 steps an epoch at least

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +9,12 @@ import keras
 import numpy as np
 import pytest
 
-from kubegraft.errors import DivergenceError, Interrupted
+from kubegraft.errors import ConfigError, DivergenceError, Interrupted
 from kubegraft.training import loop, steps
 from kubegraft.training.distribution import divisible_batch_size, make_strategy
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.sources import FeatureSource
+from kubegraft.training.starvation import WatchedInput
 from kubegraft.training.trainables import HeadOnFeatures
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES, BATCH_SIZE = 43, 12, 3, 16
@@ -26,12 +28,12 @@ def examples() -> FeatureSource:
     return FeatureSource(features, labels)
 
 
-def head() -> tuple[HeadOnFeatures, list]:
+def head(plain: bool = False) -> tuple[HeadOnFeatures, list]:
     keras.utils.set_random_seed(4)
     layers = [
         keras.layers.Dense(8, activation="relu"),
-        keras.layers.BatchNormalization(synchronized=True),
-        keras.layers.Dropout(0.3),
+        *([] if plain else [keras.layers.BatchNormalization(synchronized=True)]),
+        keras.layers.Dropout(0.0 if plain else 0.3),
         keras.layers.Dense(NUM_CLASSES),
     ]
     model = keras.Sequential(layers)
@@ -60,10 +62,10 @@ def config(**options) -> LoopConfig:
     return LoopConfig(**defaults | options)
 
 
-def run(path: Path, devices=("CPU:0",), **options):
+def run(path: Path, devices=("CPU:0",), plain=False, **options):
     strategy = make_strategy(devices)
     with strategy.scope():
-        trainable, model = head()
+        trainable, model = head(plain)
     history = train(strategy, trainable, (examples(), examples()), config(**options), path)
     return history, [variable.numpy() for variable in model.variables]
 
@@ -105,6 +107,41 @@ def test_features_that_are_held_train_like_those_that_are_streamed(tmp_path, mon
             assert one[name] == pytest.approx(other[name], abs=1e-5), name
     for one, other in zip(weights, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_steps_that_xla_compiles_train_alike(tmp_path, monkeypatch):
+    usual, expected = run(tmp_path / "usual", plain=True)  # XLA draws other dropout masks
+    compiled = []
+    function = steps.tf.function
+    monkeypatch.setattr(
+        steps.tf, "function", lambda *args, **options: compiled.append(options) or function(*args, **options)
+    )
+    monkeypatch.setenv("KUBEGRAFT_XLA", "on")
+    history, weights = run(tmp_path / "xla", plain=True)
+    assert {"jit_compile": True} in compiled
+    for one, other in zip(history.epochs, usual.epochs, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    monkeypatch.setenv("KUBEGRAFT_XLA", "ja")
+    with pytest.raises(ConfigError, match="KUBEGRAFT_XLA='ja'"):
+        run(tmp_path / "neither")
+
+
+def test_a_device_that_waits_for_its_input_is_told_once(capfd):
+    def batches(seconds):
+        for number in range(30):
+            time.sleep(seconds)
+            yield number
+
+    slow, fast = WatchedInput(), WatchedInput()
+    for _ in range(2):
+        assert list(slow.watch(batches(0.002))) == list(range(30))
+        for _ in fast.watch(batches(0)):
+            time.sleep(0.002)
+    assert slow.waited_share > 0.9
+    assert fast.waited_share < 0.2
+    assert capfd.readouterr().err.count("input: starves the device") == 1
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

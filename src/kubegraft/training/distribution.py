@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import tensorflow as tf
 
 from kubegraft.errors import ConfigError
 
+XLA_VARIABLE: Final = "KUBEGRAFT_XLA"
 # NVIDIA compute capability from which bfloat16 runs on the tensor cores (Ampere).
 _BFLOAT16_CAPABILITY = (8, 0)
 
@@ -39,6 +41,24 @@ def has_gpu() -> bool:
 def divisible_batch_size(batch_size: int, num_replicas: int) -> int:
     """Return the smallest batch size from `batch_size` on that gives every replica the same number of images."""
     return -(-batch_size // num_replicas) * num_replicas
+
+
+def xla_wanted() -> bool:
+    """Return whether `$KUBEGRAFT_XLA` asks for training steps that XLA compiles: `on`, or `off` as without it.
+
+    XLA draws other dropout masks, so that a run is repeatable with it and without it, but not across. On CPUs
+    depthwise convolutions become up to 16 times slower; `kubegraft benchmark --contestants
+    kubegraft-cold,kubegraft-xla` says what it does on a GPU.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    wanted = os.environ.get(XLA_VARIABLE) or "off"
+    if wanted not in ("on", "off"):
+        raise ConfigError(
+            f"`{XLA_VARIABLE}` must be 'on' or 'off'. Received: {XLA_VARIABLE}={wanted!r}. 'off' is right for most."
+        )
+    return wanted == "on"
 
 
 def precision_policy(mixed_precision: str) -> str:

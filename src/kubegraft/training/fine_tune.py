@@ -110,6 +110,7 @@ class _FineTuning:
             manifest.facts,
             num_backbone_blocks=self.backbone.num_blocks,
             num_backbone_parameters=self.backbone.num_parameters,
+            num_replicas=self.strategy.num_replicas_in_sync,
         )
         self.backbone.check_num_blocks(resolved.num_blocks)
         batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)

@@ -113,6 +113,7 @@ class _HeadTraining:
             self.manifest.facts,
             native_input_size=self.backbone.native_input_size,
             accepted_input_size=self.backbone.accepted_input_size,
+            num_replicas=self.strategy.num_replicas_in_sync,
         )
         self.backbone.check_input_size(resolved.input_size)
         batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)

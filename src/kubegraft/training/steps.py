@@ -17,7 +17,9 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.training.batches import EpochBatches
+from kubegraft.training.distribution import xla_wanted
 from kubegraft.training.sources import FeatureSource, Source
+from kubegraft.training.starvation import WatchedInput
 
 if TYPE_CHECKING:
     from kubegraft.training.loop import LoopConfig, Trainable
@@ -98,13 +100,13 @@ class _StreamedSteps:
         def step(batch: Any, seed: Any) -> Any:
             return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
 
-        self._step = step
+        self._step, self._input = step, WatchedInput()
 
     def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
         """Run one step a yield; see `Steps`."""
         if first >= batches.num_steps:
             return
-        for number, batch in enumerate(self._distributed(batches, first), first):
+        for number, batch in enumerate(self._input.watch(self._distributed(batches, first)), first):
             yield self._step(batch, tf.constant([seed[0], seed[1] + number], tf.int32)).numpy()[None]
 
     def _distributed(self, batches: EpochBatches, first: int) -> Any:
@@ -214,13 +216,21 @@ def replica_steps(
             [tf.reduce_sum(loss * real), tf.reduce_sum(correct * real), tf.reduce_sum(real)]
         )
 
-    def train(batch: tuple[Any, Any], seed: Any) -> Any:
-        inputs, numbers = batch
+    def differentiate(inputs: Any, numbers: Any, seed: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             logits = trainable.train_logits(inputs, numbers[2], seed)
             loss, sums = losses(logits, numbers, config.label_smoothing)
             weighted = tf.reduce_sum(loss * numbers[0])
-        gradients = tape.gradient(weighted, [variable.value for variable in trainable.variables])
+        return sums, tape.gradient(weighted, [variable.value for variable in trainable.variables])
+
+    # XLA knows no collectives of MirroredStrategy: the gradients' sum stays outside, and a head with statistics of its
+    # own, which replicas share, is left alone.
+    by_xla = xla_wanted() and not trainable.state
+    compiled = tf.function(differentiate, jit_compile=True) if by_xla else differentiate
+
+    def train(batch: tuple[Any, Any], seed: Any) -> Any:
+        inputs, numbers = batch
+        sums, gradients = compiled(inputs, numbers, seed)
         gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
         if config.gradient_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
