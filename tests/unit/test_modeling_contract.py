@@ -20,7 +20,11 @@ from kubegraft.modeling.classifier import (
     parts,
     save_classifier,
 )
+from kubegraft.modeling.engines import TOLERANCE, FrozenGraph, relative_difference
+from kubegraft.modeling.engines.keras_forward import KerasForward
+from kubegraft.modeling.engines.litert import LiteRtForward, convert
 from kubegraft.modeling.freezing import freeze_backbone, rate_multipliers, training_plan, unfreeze_last_blocks
+from kubegraft.modeling.identity import network_digest
 from kubegraft.modeling.splitting import boundary_of, split_backbone
 
 CLASSES = ("ant", "bee", "cat")
@@ -164,6 +168,36 @@ def test_both_halves_are_the_whole_and_train_it(case: Case) -> None:
         assert_alike(gradient, gradients[path], path)
     # The halves are views of the whole, which they leave as it was.
     assert (described, digest) == (case.model.to_json(), model_digest(case.model))
+
+
+def pooled_and_boundary(case: Case) -> tuple[Any, int]:
+    """Return a function to pooled features and, behind them, a flat boundary in the middle: both in one pass."""
+    middle = case.backbone.blocks[case.backbone.num_blocks // 2]
+    boundary = next(operation.output for operation in case.core.operations if operation.name == middle)
+    both = keras.Model(case.core.input, [boundary, case.core.output])
+
+    def forward(images: Any) -> Any:
+        inner, last = both(images, training=False)
+        return tf.concat([tf.reduce_mean(last, (1, 2)), tf.reshape(inner, (-1, np.prod(inner.shape[1:])))], 1)
+
+    return forward, int(case.core.output.shape[-1])
+
+
+def test_the_engine_answers_like_keras(case: Case) -> None:
+    forward, dim = pooled_and_boundary(case)
+    size = case.backbone.min_input_size
+    graph = FrozenGraph(forward, size)
+    # Structure, as photographs have, and some noise.
+    generator = np.random.default_rng(0)
+    smooth = tf.image.resize(generator.uniform(0, 255, (2, 4, 4, 3)), (size, size)).numpy()
+    images = np.clip(smooth + generator.normal(0, 10, smooth.shape), 0, 255).astype(np.float32)
+    rows = LiteRtForward(convert(graph), size, num_threads=1).forward(images)
+    expected = KerasForward(graph).forward(images)
+    assert rows.shape == expected.shape
+    # Apart: a random network's boundary may be thousands of times its features.
+    assert relative_difference(rows[:, :dim], expected[:, :dim]) <= TOLERANCE
+    assert relative_difference(rows[:, dim:], expected[:, dim:]) <= TOLERANCE
+    assert len(network_digest(case.core)) == 64  # what the feature cache knows it by
 
 
 def test_every_cut_has_a_boundary(case: Case) -> None:
