@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from kubegraft import __version__
 from kubegraft.errors import KubegraftError
-from kubegraft.stage import StageResult, read_result, write_atomically
+from kubegraft.stage import WORK_METRICS, StageResult, read_result, write_atomically
 from kubegraft.storage import public_uri
 
 ARTIFACTS: Final[Mapping[str, str]] = {
@@ -128,7 +128,7 @@ def summarise(
             "head": fine_tuned["start_validation_accuracy"],
             "fine_tuned": fine_tuned["validation_accuracy"],
         },
-        "test": dict(evaluated),
+        "test": {name: value for name, value in evaluated.items() if name not in WORK_METRICS},
         "kept": results["fine_tune"].provenance.get("kept"),
         "seconds": round(seconds, 1),
         "digests": {stage: result.digest for stage, result in results.items()},

@@ -31,6 +31,8 @@ from kubegraft.reporting.events import log_event
 
 FRESH_VARIABLE: Final = "KUBEGRAFT_FRESH"
 RESULT_FILE: Final = "result.json"
+# Metrics that say what a call had to do itself: no result, and others where a cache knew more.
+WORK_METRICS: Final = ("images_decoded", "features_found", "features_computed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from kubegraft.modeling.classifier import ClassifierParts
 from kubegraft.modeling.identity import network_digest
 from kubegraft.modeling.splitting import SplitBackbone
 from kubegraft.reporting.events import log_event
+from kubegraft.stage import WORK_METRICS
 from kubegraft.training.distribution import has_gpu
 from kubegraft.training.features import extract_rows, frozen_forward
 from kubegraft.training.sources import ImageSource
@@ -53,11 +54,8 @@ def work_of(stage: str, counts: PassCounts, readers: Iterable[SplitReader]) -> d
         counts: Of its frozen passes.
         readers: All that read images for it.
     """
-    work = {
-        "images_decoded": sum(reader.num_read for reader in readers),
-        "features_found": counts.num_found,
-        "features_computed": counts.num_computed,
-    }
+    num_decoded = sum(reader.num_read for reader in readers)
+    work = dict(zip(WORK_METRICS, (num_decoded, counts.num_found, counts.num_computed), strict=True))
     log_event(stage, "frozen passes", **work)
     return {name: float(value) for name, value in work.items()}
 
