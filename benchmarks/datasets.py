@@ -115,7 +115,8 @@ def assign(images: Sequence[Image], test_fraction: float, seed: int) -> list[Ima
             for index, image in enumerate(images)
         ]
     chance = random.Random(f"validation {seed}")
-    has_validation = any(image.split == "validation" for image in images)
+    # The test part may have taken all of it.
+    has_validation = any(image.split == "validation" for image in kept)
     return [
         image
         if image.split in ("validation", "test") or (image.split and has_validation)

@@ -16,7 +16,7 @@ from benchmarks.contest import (
     stage_seconds,
     with_needed,
 )
-from benchmarks.datasets import Image, find_images, prepare, test_window
+from benchmarks.datasets import Image, assign, find_images, prepare, test_window
 from benchmarks.measuring import Seen, disk_bytes, documents, parse_event, watch
 from benchmarks.page import BEGIN, END, between_marks, render
 
@@ -235,6 +235,15 @@ def test_a_folder_of_classes_is_split_too(image_folder, tmp_path):
     assert counts["test"] == 27
     assert counts["validation"] > 0
     assert counts["train"] > counts["validation"]
+
+
+def test_where_the_test_part_takes_all_validation_images_others_are_chosen():
+    images = [Image("train", "a", Path(f"a/{number}.jpg")) for number in range(100)]
+    images += [Image("validation", "a", Path(f"b/{number}.jpg")) for number in range(100, 120)]
+    chosen = [image.split for image in assign(images, 0.3, seed=0)]
+    assert chosen.count("test") == 36
+    assert 5 <= chosen.count("validation") <= 30
+    assert len(chosen) == 120
 
 
 def test_events_are_read_from_logs_whatever_is_between_them():
