@@ -13,10 +13,11 @@ from kubegraft.cache import FeatureCache
 from kubegraft.data.shards import SplitReader
 from kubegraft.evaluation.metrics import Answers
 from kubegraft.modeling.backbones import get_backbone
-from kubegraft.modeling.classifier import ClassifierParts, LoadedClassifier, parts
+from kubegraft.modeling.classifier import LoadedClassifier, parts
 from kubegraft.modeling.splitting import split_backbone
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts
 from kubegraft.training.sources import ImageSource
+from kubegraft.training.trainables import HeadOnFeatures
 
 _BATCH_SIZE: Final = 32
 
@@ -41,13 +42,10 @@ def answer_split(
     """
     frozen_pass, behind = _halves(loaded, counts)
     rows = frozen_pass.rows(ImageSource(reader, loaded.metadata["input_size"]), directory / "rows.npy")
-    dtype = tf.as_dtype(frozen_pass.dtype)
 
-    @tf.function(
-        input_signature=[tf.TensorSpec([None, rows.shape[1]], tf.as_dtype(rows.dtype))], autograph=False
-    )
+    @tf.function(input_signature=[tf.TensorSpec([None, rows.shape[1]], tf.float32)], autograph=False)
     def answer(some: Any) -> Any:
-        return tf.nn.softmax(behind(some if some.dtype == dtype else tf.bitcast(some, dtype)))
+        return tf.nn.softmax(behind(some))
 
     answers = []
     for start in range(0, len(rows), _BATCH_SIZE):
@@ -62,7 +60,7 @@ def _halves(loaded: LoadedClassifier, counts: PassCounts) -> tuple[FrozenPass, C
     Where all blocks were trained, the pass goes through them all: the model's own, which no other model shares.
     """
     model_parts, backbone = parts(loaded.model), get_backbone(loaded.metadata["backbone"])
-    num_unfrozen = loaded.metadata["num_unfrozen_blocks"]
+    head, num_unfrozen = HeadOnFeatures(model_parts, _BATCH_SIZE), loaded.metadata["num_unfrozen_blocks"]
     how = {
         "strategy": tf.distribute.get_strategy(),
         "policy": "float32",
@@ -70,15 +68,9 @@ def _halves(loaded: LoadedClassifier, counts: PassCounts) -> tuple[FrozenPass, C
         "counts": counts,
     }
     if not 0 < num_unfrozen < backbone.num_blocks:
-        return FrozenPass.to_pooled(model_parts, backbone, **how), lambda rows: _logits(model_parts, rows)
+        return FrozenPass.to_pooled(model_parts, backbone, **how), head.logits
     split = split_backbone(model_parts.backbone, backbone, num_unfrozen)
     return (
         FrozenPass.to_boundary(split, backbone, **how),
-        lambda rows: _logits(model_parts, model_parts.pool(split.feature_map(rows))),
+        lambda rows: head.logits(model_parts.pool(split.feature_map(rows))),
     )
-
-
-def _logits(model_parts: ClassifierParts, pooled: Any) -> Any:
-    for layer in model_parts.head_layers:
-        pooled = layer(pooled, training=False)
-    return pooled

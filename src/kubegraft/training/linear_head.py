@@ -115,16 +115,7 @@ def fit_linear_head(
     """
     started = time.monotonic()
     with stopping_gracefully():
-        regression = SoftmaxRegression(
-            problem.train.features,
-            problem.train.labels,
-            problem.num_classes,
-            mean=problem.mean,
-            variance=problem.variance,
-            label_smoothing=problem.label_smoothing,
-            class_weights=problem.class_weights,
-            check=_stop_if_asked,
-        )
+        regression = _regression(problem)
         path: list[PathPoint] = []
         stopped = "all decays tried"
         for decay in decays:
@@ -188,16 +179,7 @@ def cross_validated_path(
     paths = []
     with stopping_gracefully():
         for problem in problems:
-            regression = SoftmaxRegression(
-                problem.train.features,
-                problem.train.labels,
-                problem.num_classes,
-                mean=problem.mean,
-                variance=problem.variance,
-                label_smoothing=problem.label_smoothing,
-                class_weights=problem.class_weights,
-                check=_stop_if_asked,
-            )
+            regression = _regression(problem)
             start: np.ndarray | None = None
             path: list[tuple[float, float]] = []
             for decay in decays:
@@ -237,6 +219,19 @@ def _reason_to_stop(path: Sequence[PathPoint], budget: float, elapsed: float) ->
     if len(path) - 1 - best >= _PATIENCE and path[-1].validation_loss > _CLEARLY_WORSE * lowest:
         return "weaker decays are clearly worse on validation"
     return ""
+
+
+def _regression(problem: LinearProblem) -> SoftmaxRegression:
+    return SoftmaxRegression(
+        problem.train.features,
+        problem.train.labels,
+        problem.num_classes,
+        mean=problem.mean,
+        variance=problem.variance,
+        label_smoothing=problem.label_smoothing,
+        class_weights=problem.class_weights,
+        check=_stop_if_asked,
+    )
 
 
 def _stop_if_asked() -> None:

@@ -68,17 +68,22 @@ def make_steps(strategy: Any, source: Source, batch_size: int, replica_step: Rep
     return _StreamedSteps(strategy, source, batch_size, replica_step)
 
 
+def _compiled(strategy: Any, replica_step: ReplicaStep) -> Callable[[tuple[Any, Any], Any], Any]:
+    """Return one step of all replicas, with their sums, as a graph."""
+
+    @tf.function
+    def step(batch: Any, seed: Any) -> Any:
+        return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
+
+    compiled: Callable[[tuple[Any, Any], Any], Any] = step
+    return compiled
+
+
 class _RowSteps:
     """Batches are gathered from an array and handed to the one device there is, a call of the graph each."""
 
     def __init__(self, strategy: Any, source: RowSource, replica_step: ReplicaStep) -> None:
-        self._source = source
-
-        @tf.function(reduce_retracing=True)
-        def step(batch: Any, seed: Any) -> Any:
-            return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
-
-        self._step = step
+        self._source, self._step = source, _compiled(strategy, replica_step)
 
     def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
         """Run one step a yield; see `Steps`."""
@@ -95,12 +100,7 @@ class _StreamedSteps:
 
     def __init__(self, strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep) -> None:
         self._strategy, self._source, self._batch_size = strategy, source, batch_size
-
-        @tf.function
-        def step(batch: Any, seed: Any) -> Any:
-            return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
-
-        self._step, self._input = step, WatchedInput()
+        self._step, self._input = _compiled(strategy, replica_step), WatchedInput()
 
     def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
         """Run one step a yield; see `Steps`."""

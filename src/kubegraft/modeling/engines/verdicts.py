@@ -11,12 +11,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kubegraft.cache.location import cache_home
 from kubegraft.processors import processor_name, usable_processors
 from kubegraft.stage import write_atomically
 
@@ -43,7 +42,7 @@ class Verdicts:
 
     def __init__(self, directory: Path | None = None) -> None:
         """Take a directory, by default this user's."""
-        self._directory = directory or _cache_home() / "engines"
+        self._directory = directory or cache_home() / "engines"
 
     def find(self, key: str) -> tuple[Verdict, bytes] | None:
         """Return what was found for a graph, with its flatbuffer (b"" for `keras`), or None."""
@@ -83,12 +82,3 @@ class Verdicts:
     def _verdict_path(self, key: str) -> Path:
         machine = hashlib.sha256(f"{processor_name()} {usable_processors()}".encode()).hexdigest()
         return self._directory / f"{key}-{machine[:12]}.json"
-
-
-def _cache_home() -> Path:
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "kubegraft"
-    try:
-        return Path.home() / ".cache" / "kubegraft"
-    except RuntimeError:  # a container's user may have no home
-        return Path(tempfile.gettempdir()) / f"kubegraft-{os.getuid()}"
