@@ -143,9 +143,9 @@ def resolve_fine_tune(
     large = num_backbone_parameters > _LARGE_BACKBONE_PARAMETERS
     batch_size, batch_reason = _batch_size(facts, num_replicas, "fit any device")
     rate, rate_reason = (
-        (1e-4, "a large backbone is moved gently")
+        (5e-4, "a large backbone is moved gently")
         if large
-        else (3e-4, "a small backbone bears more, but at 1e-3 it forgets what serves images unlike these")
+        else (2e-3, "a small backbone bears more, and only weights with a clear gradient move by as much")
     )
     proposals = {
         "num_blocks": _num_blocks(config, facts, num_backbone_blocks),
@@ -258,8 +258,8 @@ def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:
 
 
 def _fine_tune_epochs(facts: DatasetFacts) -> tuple[int, str]:
-    epochs = max(3, min(8, -(-6_000 // max(facts.num_train, 1))))
-    return epochs, f"about 6,000 images seen of {facts.num_train}, within 3 and 8 epochs"
+    epochs = max(3, min(8, -(-3_000 // max(facts.num_train, 1))))
+    return epochs, f"about 3,000 images seen of {facts.num_train}, within 3 and 8 epochs"
 
 
 def _num_blocks(config: FineTuneConfig, facts: DatasetFacts, num_blocks: int) -> tuple[int, str]:

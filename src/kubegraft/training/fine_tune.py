@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from kubegraft import tensorflow_setup
 from kubegraft.accelerators import require_accelerators
@@ -45,6 +45,12 @@ from kubegraft.training.plans import loop_config, transforms_of
 from kubegraft.training.sources import ImageSource, Source
 from kubegraft.training.suffix_data import SuffixData
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnSuffix
+
+# A head that is solved for leaves gradients of little more than noise, which Adam would blow up to whole steps: the
+# first epoch then unlearns what the head knew. This lets a weight move by its rate only if its gradient is well above.
+_EPSILON: Final = 1e-4
+# What is validated and kept is an average of the weights over about ten steps (ADR 14).
+_AVERAGE_DECAY: Final = 0.9
 
 
 def fine_tune(
@@ -233,7 +239,13 @@ class _FineTuning:
             mixup_alpha=transforms_of(self.config.augmentation)[1],
         )
         num_epochs = plan.num_epochs if num_blocks else 0
-        return dataclasses.replace(plan, num_epochs=num_epochs, time_budget_seconds=seconds_left)
+        return dataclasses.replace(
+            plan,
+            num_epochs=num_epochs,
+            time_budget_seconds=seconds_left,
+            epsilon=_EPSILON,
+            average_decay=_AVERAGE_DECAY,
+        )
 
     def _images(self, split: str, transforms: tuple[str, ...] = (), num_views: int = 0) -> ImageSource:
         if split not in self.readers:

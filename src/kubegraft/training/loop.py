@@ -8,9 +8,10 @@ clipped and applied; so losses agree on any number of devices.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -75,6 +76,8 @@ class LoopConfig:
     seed: int
     mixup_alpha: float = 0.0
     class_weights: np.ndarray | None = None
+    epsilon: float = 1e-7
+    average_decay: float = 0.0
 
 
 @dataclass(slots=True)
@@ -166,6 +169,8 @@ class _Run:
             variables=self.trainable.variables,
             rate_multipliers=self.trainable.rate_multipliers,
             weight_decay=self.config.weight_decay,
+            epsilon=self.config.epsilon,
+            average_decay=self.config.average_decay,
         )
 
     def run(self) -> History:
@@ -251,9 +256,10 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         batches = self._epoch_batches(self.validation_source, 0, shuffle=False)
         sums = np.zeros(3)
-        for steps in self.evaluation_steps.run(batches, 0, (0, 0)):
-            for step in steps:
-                sums += self._checked(step)
+        with self._averaged():
+            for steps in self.evaluation_steps.run(batches, 0, (0, 0)):
+                for step in steps:
+                    sums += self._checked(step)
         return {
             "validation_loss": float(sums[0] / sums[2]),
             "validation_accuracy": float(sums[1] / sums[2]),
@@ -284,7 +290,19 @@ class _Run:
         return [*self.trainable.variables, *self.trainable.state]
 
     def _keep_best(self) -> None:
-        self.best_arrays = [variable.numpy() for variable in self._model_variables()]
+        with self._averaged():
+            self.best_arrays = [variable.numpy() for variable in self._model_variables()]
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the averages of the weights, where they are kept, in the weights' place."""
+        averages = self.optimizer.averages
+        weights = [variable.numpy() for variable in self.trainable.variables] if averages else []
+        _assign(self.trainable.variables[: len(averages)], [average.numpy() for average in averages])
+        try:
+            yield
+        finally:
+            _assign(self.trainable.variables[: len(averages)], weights)
 
     def _save(self) -> None:
         arrays = {f"model_{i}": variable.numpy() for i, variable in enumerate(self._model_variables())}

@@ -55,6 +55,8 @@ class GlobalAdamW(keras.optimizers.Adam):  # type: ignore[misc]
         variables: Sequence[Any],
         rate_multipliers: Sequence[float],
         weight_decay: float,
+        epsilon: float = 1e-7,
+        average_decay: float = 0.0,
     ) -> None:
         """Build the optimizer for `variables`.
 
@@ -63,11 +65,42 @@ class GlobalAdamW(keras.optimizers.Adam):  # type: ignore[misc]
             variables: Trainable variables, in the order in which gradients are applied.
             rate_multipliers: Factor on the learning rate of each variable.
             weight_decay: Decay of kernels (variables with more than one axis), not of biases or scales.
+            epsilon: Added to the root of the squared gradients' mean. Gradients far below it move a weight in
+                proportion to themselves, not by a whole rate.
+            average_decay: Share in [0, 1) of the past in the variables' moving averages; 0 keeps none.
         """
-        super().__init__(learning_rate)
+        super().__init__(learning_rate, epsilon=epsilon)
         self._rate_multipliers = list(rate_multipliers)
         self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in variables]
+        self._average_decay = average_decay
+        self.averages: list[Any] = []
         self.build(list(variables))
+
+    def build(self, variables: Any) -> None:
+        """Make the moments, and the averages if they are wanted; called once."""
+        super().build(variables)
+        if self._average_decay:
+            self.averages = [
+                self.add_variable_from_reference(each, name="average", initializer="zeros") for each in variables
+            ]
+            for average, variable in zip(self.averages, variables, strict=True):
+                average.assign(variable)
+
+    def update_averages(self, variables: Sequence[Any]) -> None:
+        """Move the averages towards the variables; to be called after `apply`.
+
+        The decay rises to its value, so that the first steps' averages are not the start.
+
+        Source:
+            Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; the rising decay is that of
+            TensorFlow's `ExponentialMovingAverage`.
+        """
+        if not self.averages:
+            return
+        step = keras.ops.cast(self.iterations, "float32")
+        past = keras.ops.minimum(self._average_decay, step / (step + 9.0))
+        for average, variable in zip(self.averages, variables, strict=True):
+            self.assign_sub(average, (average - variable) * keras.ops.cast(1 - past, average.dtype))
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         return grads_and_vars

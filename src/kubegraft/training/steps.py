@@ -235,6 +235,7 @@ def replica_steps(
         if config.gradient_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
         optimizer.apply(gradients, list(trainable.variables))
+        optimizer.update_averages(trainable.variables)
         return sums
 
     def evaluate(batch: tuple[Any, Any], seed: Any) -> Any:
