@@ -93,6 +93,8 @@ def benchmark(context: click.Context, /, **arguments: Any) -> None:
             "`data` must be a folder of labelled images; only --contestants '' --large needs none."
         )
     results = _results(options)
+    if options.work_dir:
+        options.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kubegraft-benchmark-", dir=options.work_dir) as work:
         for _ in _stages(options, names, Path(work), results):
             json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,7 @@ def config(**options) -> LoopConfig:
         "seed": 5,
         "mixup_alpha": 0.2,
         "class_weights": np.array([1, 2, 0.5], np.float32),
+        "average_decay": 0.5,
     }
     return LoopConfig(**defaults | options)
 
@@ -166,6 +167,20 @@ def test_the_start_is_kept_if_no_epoch_beats_it(tmp_path):
     assert history.best == history.start
     for variable, array in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), array)
+
+
+def test_what_is_kept_are_the_averaged_weights_that_were_validated(tmp_path):
+    strategy = make_strategy(["CPU:0"])
+    with strategy.scope():
+        trainable, _ = head(plain=True)
+    history = train(strategy, trainable, (examples(), examples()), config(), tmp_path / "last.ckpt")
+    logits = trainable.logits(examples().features).numpy()
+    assert history.best_epoch >= 0
+    accuracy = (logits.argmax(1) == examples().labels).mean()
+    np.testing.assert_allclose(accuracy, history.best["validation_accuracy"], atol=1e-6)
+    plain, _ = run(tmp_path / "plain.ckpt", plain=True, average_decay=0.0)
+    assert plain.start == history.start
+    assert plain.epochs[0]["validation_loss"] != history.epochs[0]["validation_loss"]
 
 
 def test_training_stops_when_nothing_improves(tmp_path):

@@ -29,3 +29,29 @@ def test_a_multiplier_acts_on_the_update_and_biases_do_not_decay():
     np.testing.assert_allclose(
         [kernel.numpy()[0, 0], bias.numpy()[0], slow.numpy()[0]], [0.8, 0.9, 0.95], rtol=1e-5
     )
+
+
+def test_averages_forget_the_start_and_then_follow_about_ten_steps():
+    weight = keras.Variable([1.0])
+    optimizer = GlobalAdamW(
+        0.1, variables=[weight], rate_multipliers=[1.0], weight_decay=0.0, average_decay=0.9
+    )
+    expected = 1.0
+    for step in range(1, 101):
+        optimizer.apply([np.ones(1, np.float32)], [weight])
+        optimizer.update_averages([weight])
+        past = min(0.9, step / (step + 9))
+        expected = past * expected + (1 - past) * float(weight.numpy()[0])
+        np.testing.assert_allclose(optimizer.averages[0].numpy(), [expected], rtol=1e-5)
+    # Nine steps behind a weight that falls by 0.1 a step.
+    np.testing.assert_allclose(expected - weight.numpy()[0], 0.9, atol=0.02)
+
+
+def test_a_gradient_far_below_epsilon_moves_a_weight_in_proportion_to_itself():
+    weak, weaker = keras.Variable([0.0]), keras.Variable([0.0])
+    optimizer = GlobalAdamW(
+        0.1, variables=[weak, weaker], rate_multipliers=[1.0, 1.0], weight_decay=0.0, epsilon=1e-2
+    )
+    optimizer.apply([np.full(1, 2e-6, np.float32), np.full(1, 1e-6, np.float32)], [weak, weaker])
+    assert -1e-4 < weak.numpy()[0] < 0
+    np.testing.assert_allclose(weak.numpy(), 2 * weaker.numpy(), rtol=1e-3)

@@ -81,7 +81,8 @@ class GlobalAdamW(keras.optimizers.Adam):  # type: ignore[misc]
         super().build(variables)
         if self._average_decay:
             self.averages = [
-                self.add_variable_from_reference(each, name="average", initializer="zeros") for each in variables
+                self.add_variable_from_reference(each, name="average", initializer="zeros")
+                for each in variables
             ]
             for average, variable in zip(self.averages, variables, strict=True):
                 average.assign(variable)
