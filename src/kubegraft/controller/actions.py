@@ -1,0 +1,80 @@
+"""What the pure functions want done: in this order, and any prefix of it may be all that is done before a crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kubegraft.rendering.pods import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Server-side apply of an object, by the operator's field manager, with force.
+
+    Attributes:
+        manifest: The whole of what the operator owns of the object. With a `metadata.uid` the object must exist:
+            the API answers 409 if it is gone, which only means that the read was stale.
+        create: The object must not exist yet. Then a plain create will do as well, and 409 (AlreadyExists) means
+            that the read was stale: it must not be overwritten, others may have changed it since.
+    """
+
+    manifest: Manifest
+    create: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Deletion in the background; 404 is fine, and so is 409 for another uid (the read was stale).
+
+    Attributes:
+        kind: `JobSet`, `ConfigMap`, `Job`, `TransferJob`.
+        name: Name of the object.
+        namespace: Its namespace.
+        uid: What must be deleted, as the deletion's precondition; "" for whatever has the name.
+    """
+
+    kind: str
+    name: str
+    namespace: str
+    uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchStatus:
+    """Server-side apply of the `status` of the TransferJob or TransferSchedule that was observed.
+
+    Attributes:
+        status: The whole status: what is absent is removed.
+    """
+
+    status: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event about the observed object, for people.
+
+    Attributes:
+        type: `Normal` or `Warning`.
+        reason: CamelCase, as in the conditions.
+        message: At most 1024 characters.
+    """
+
+    type: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Look again after this time, though nothing changes in the API.
+
+    Attributes:
+        seconds: Above 0.
+    """
+
+    seconds: float
+
+
+Action = Apply | Delete | PatchStatus | Event | Requeue
