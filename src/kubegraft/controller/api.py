@@ -131,7 +131,8 @@ class Api:
         page = {**query, "limit": str(_PAGE)}
         while True:
             found = await self._call("GET", path_of(kind, namespace), query=page)
-            items += found.get("items") or ()
+            of = {"apiVersion": found["apiVersion"], "kind": kind}  # which items of built-in kinds don't say
+            items += ({**of, **item} for item in found.get("items") or ())
             following = found["metadata"].get("continue")
             if not following:
                 return Listing(tuple(items), found["metadata"].get("resourceVersion", ""))
@@ -172,32 +173,29 @@ class Api:
             content_type="application/apply-patch+yaml",
         )
 
-    async def patch_status(
-        self, kind: str, namespace: str, name: str, patch: Mapping[str, Any], version: str
-    ) -> dict[str, Any]:
-        """Merge into an object's status, and return the object.
+    async def apply_status(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the status of an object be as described (server-side apply), and return the object.
 
         Args:
-            kind: Of the object.
-            namespace: Of the object.
-            name: Of the object.
-            patch: The fields that change; None removes one.
-            version: Resource version that was looked at; another one is a conflict.
+            manifest: `apiVersion`, `kind`, `metadata`, `status`; what is absent from the status is removed. With a
+                `metadata.resourceVersion` or `uid`, another one is a conflict.
         """
+        metadata = manifest["metadata"]
         return await self._write(
-            "patch",
-            kind,
+            "apply-status",
+            manifest["kind"],
             "PATCH",
-            path_of(kind, namespace, name, "status"),
-            query={"fieldManager": FIELD_MANAGER},
-            body={"metadata": {"resourceVersion": version}, "status": patch},
-            content_type="application/merge-patch+json",
+            path_of(manifest["kind"], metadata["namespace"], metadata["name"], "status"),
+            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            body=manifest,
+            content_type="application/apply-patch+yaml",
         )
 
     async def create(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Make an object."""
+        """Make an object; one that is there is a conflict."""
         path = path_of(manifest["kind"], manifest["metadata"]["namespace"])
-        return await self._write("create", manifest["kind"], "POST", path, body=manifest)
+        query = {"fieldManager": FIELD_MANAGER}
+        return await self._write("create", manifest["kind"], "POST", path, query=query, body=manifest)
 
     async def update(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Replace an object, if it is still of the version that `manifest` says."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from kubegraft.controller.api import Api, ApiError
@@ -39,7 +39,7 @@ class Copies:
         """Return how many objects there are."""
         return len(self._objects)
 
-    def __iter__(self) -> Iterable[Object]:
+    def __iter__(self) -> Iterator[Object]:
         """Return an iterator over the objects."""
         return iter(list(self._objects.values()))
 
@@ -77,10 +77,19 @@ class Copies:
         """Return what an object belongs to; "" for nothing."""
         return self._owner_of(found)
 
-    def replace(self, found: Iterable[Object]) -> list[Object]:
-        """Keep exactly these objects; return those that are new, changed or gone."""
+    def replace(self, found: Iterable[Object], version: str) -> list[Object]:
+        """Keep exactly these objects; return those that are new, changed or gone.
+
+        Args:
+            found: All objects of the kind.
+            version: Resource version of the list; what is known to be newer stays.
+        """
         places = {place_of(one): one for one in found}
-        gone = [known for place, known in self._objects.items() if place not in places]
+        gone = [
+            known
+            for place, known in self._objects.items()
+            if place not in places and not _is_newer(known, version)
+        ]
         for known in gone:
             self._forget(place_of(known))
         return gone + [one for one in places.values() if self.put(one)]
@@ -98,6 +107,11 @@ class Copies:
 def place_of(found: Object) -> Place:
     """Return an object's namespace and name."""
     return found["metadata"].get("namespace", ""), found["metadata"]["name"]
+
+
+def _is_newer(known: Object, version: str) -> bool:
+    own = known["metadata"].get("resourceVersion", "")
+    return own.isdecimal() and version.isdecimal() and int(own) > int(version)
 
 
 def _older(found: Object, known: Object) -> bool:
@@ -138,7 +152,7 @@ class Watch:
 
     async def _list(self) -> str:
         found = await self._api.list(self.copies.kind, self._namespace, labelSelector=self._selector)
-        for changed in self.copies.replace(found.items):
+        for changed in self.copies.replace(found.items, found.version):
             self._tell(changed)
         self.ready.set()
         return found.version
