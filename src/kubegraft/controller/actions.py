@@ -25,24 +25,29 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Deletion in the background; 404 is fine, and so is 409 for another uid (the read was stale).
+    """Deletion in the background; 404 is fine, and so is 409: another uid or version, the read was stale.
 
     Attributes:
         kind: `JobSet`, `ConfigMap`, `Job`, `TransferJob`.
         name: Name of the object.
         namespace: Its namespace.
         uid: What must be deleted, as the deletion's precondition; "" for whatever has the name.
+        resource_version: Likewise: an object that has changed since it was read stays. "" for any.
     """
 
     kind: str
     name: str
     namespace: str
     uid: str = ""
+    resource_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PatchStatus:
     """Server-side apply of the `status` of the TransferJob or TransferSchedule that was observed.
+
+    With the `metadata.resourceVersion` that was observed as its precondition: 409 means that the read was stale. Then
+    nothing is written and nothing is wrong; the object is observed again. So a stale read never undoes an end.
 
     Attributes:
         status: The whole status: what is absent is removed.
