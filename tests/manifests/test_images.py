@@ -153,7 +153,9 @@ def test_the_tag_begins_with_the_version(arguments, shape):
 
 def test_the_dockerfile_is_plain_and_ends_as_a_numeric_user():
     assert not re.search(r"RUN --mount|<<", DOCKERFILE.replace("heredocs, no RUN --mount", ""))
-    final = [stage for stage in DOCKERFILE.split("\nFROM ") if re.match(r"\S+ AS (cpu|gpu|operator)\n", stage)]
+    final = [
+        stage for stage in DOCKERFILE.split("\nFROM ") if re.match(r"\S+ AS (cpu|gpu|operator)\n", stage)
+    ]
     assert len(final) == 3
     for stage in final:
         assert f"USER {USER}:{USER}" in stage

@@ -56,7 +56,7 @@ COMMANDS: Final = {
     "schedule": Entry("On a cluster", "kubeflow", "schedule", "Run it on Kubeflow again and again."),
     "render": Entry("On a cluster", "render", "render", "Write manifests for a cluster without Kubeflow."),
     "fetch": Entry("On a cluster", "fetch", "fetch", "Copy a published folder to this machine."),
-    "operator": Entry("On a cluster", "operator", "operator", "Turn TransferJobs into distributed training."),
+    "operator": Entry("On a cluster", "operator", "operator", "Turn TransferJobs into trainings."),
     "bundle": Entry("On a cluster", "bundle", "bundle", "Carry everything to a site without internet."),
     "backbones": Entry("To find your way", "catalogue", "backbones", "List the pretrained backbones."),
     "sample-data": Entry(

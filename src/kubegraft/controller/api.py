@@ -203,22 +203,23 @@ class Api:
         path = path_of(manifest["kind"], metadata["namespace"], metadata["name"])
         return await self._write("update", manifest["kind"], "PUT", path, body=manifest)
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str = "") -> None:
-        """Delete an object and, in the background, what it owns; one that is gone is gone.
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str = "", version: str = "") -> None:
+        """Delete an object and, in the background, what it owns; one that is gone, or another now, is left.
 
         Args:
             kind: Of the object.
             namespace: Of the object.
             name: Of the object.
             uid: The very object, not one of the same name made later; "" for whichever is there.
+            version: Its resource version; "" for any.
         """
         options: dict[str, Any] = {"propagationPolicy": "Background"}
-        if uid:
-            options["preconditions"] = {"uid": uid}
+        if conditions := {k: v for k, v in (("uid", uid), ("resourceVersion", version)) if v}:
+            options["preconditions"] = conditions
         try:
             await self._write("delete", kind, "DELETE", path_of(kind, namespace, name), body=options)
         except ApiError as error:
-            if not (error.missing or (uid and error.conflict)):
+            if not (error.missing or error.conflict):
                 raise
 
     async def log(self, namespace: str, pod: str, *, tail_lines: int) -> str:

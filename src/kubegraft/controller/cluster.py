@@ -1,7 +1,7 @@
 """What the controller sees of the cluster, and how it carries out what `reconcile` wants; no decision is made here.
 
-Copies of TransferJobs, schedules, JobSets, Jobs and pods are kept by watches, so that a reconcile reads from memory. What this
-process writes goes into the copies at once: it never acts on a state from before its own last write.
+Copies of TransferJobs, schedules, JobSets, Jobs and pods are kept by watches, so that a reconcile reads from memory.
+What this process writes goes into the copies at once: it never acts on a state from before its own last write.
 """
 
 from __future__ import annotations
@@ -257,7 +257,13 @@ class Cluster:
             self._keep(memory, {"kind": action.manifest["kind"], **made})
             memory.refusal = None
         elif isinstance(action, Delete):
-            await self._api.delete(action.kind, action.namespace, action.name, action.uid)
+            await self._api.delete(
+                action.kind,
+                action.namespace,
+                action.name,
+                uid=action.uid,
+                version=action.resource_version,
+            )
             if action.kind == "ConfigMap":
                 memory.config_map = None
         elif isinstance(action, PatchStatus):

@@ -1,8 +1,9 @@
 """kopf watches TransferJobs and TransferSchedules; the only module that imports it.
 
-Its handlers observe and nothing more: a change goes to `Cluster.take`, which queues the object. kopf's own ways to keep
-progress (annotations, finalizers, events) are for handlers that act, so that it writes nothing to any object. It runs in a
-thread and a loop of its own: when it ends it cancels every task of its loop, and it takes over the signals of the main thread.
+Its handlers observe and nothing more: a change goes to `Cluster.take`, which queues the object. kopf's own ways to
+keep progress (annotations, finalizers, events) are for handlers that act, so that it writes nothing to any object. It
+runs in a thread and a loop of its own: when it ends it cancels every task of its loop, and in the main thread it would
+take over the signals.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class Leader:
     """Takes the lease, renews it, and gives it back.
 
     Clocks of replicas need not agree: a lease is over when this process has not seen it change for its whole duration.
-    The holder stops a third of the duration before that, so that no two ever work at once; were it so for a moment, names
-    that derive from uids and resource versions in status writes keep the outcome right.
+    The holder stops a third of the duration before that, so that no two work at once. Were it so for a moment, names
+    that derive from uids, and the resource versions of status writes, would keep the outcome right.
 
     Attributes:
         api: Session.
