@@ -14,6 +14,7 @@ DEFAULT_RESTARTS: Final = 3
 _NAME: Final = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 _LABEL_KEY: Final = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 _QUANTITY: Final = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+_BYTES: Final = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _MAX_SECONDS: Final = 10**9
 
 
@@ -132,7 +133,10 @@ def _storage_properties() -> dict[str, Schema]:
     cache = {
         "claim": existing("PersistentVolumeClaim of the feature cache."),
         "uri": text("Folder of the feature cache in a bucket.", length=MAX_URI, pattern="^(gs|s3)://[^/]+"),
-        "budget": quantity("Most that the cache may take; without it, a fifth of the volume."),
+        "budget": {
+            **quantity("Most that the cache may take, such as 50Gi; without it, a fifth of the volume."),
+            "pattern": _BYTES,
+        },
     }
     return {
         "artifacts": structure("Where data, checkpoints and results are.", artifacts, default={}),

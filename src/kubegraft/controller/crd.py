@@ -12,24 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kubegraft.controller.cluster_fields import (
-    cluster_properties,
-    existing,
-    integer,
-    structure,
-    text,
-    text_map,
-)
+from kubegraft.controller.cluster_fields import cluster_properties, text_map
 from kubegraft.controller.fields_table import fields_page
 from kubegraft.controller.rules import JOB_RULES, RESERVED, Rule, immutable, rule, while_suspended
-from kubegraft.controller.schema import Schema, config_properties
+from kubegraft.controller.schema import Schema, config_properties, integer, structure, text
+from kubegraft.controller.spec import JOB_KIND, SCHEDULE_KIND
 from kubegraft.controller.status_schema import job_status, schedule_status
 
 GROUP: Final = "kubegraft.dev"
 VERSION: Final = "v1alpha1"
-API_VERSION: Final = f"{GROUP}/{VERSION}"
-JOB_KIND: Final = "TransferJob"
-SCHEDULE_KIND: Final = "TransferSchedule"
 MAX_JOB_NAME: Final = 63  # a label's value
 MAX_SCHEDULE_NAME: Final = 50  # a job's name adds a dash and the tick
 MUTABLE: Final = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
@@ -263,8 +254,6 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.write(f"{path}\n")
     return int(different)
 
-
-__all__ = ["API_VERSION", "GROUP", "JOB_KIND", "SCHEDULE_KIND", "VERSION", "existing", "generated_files"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,8 @@
 """CEL rules: what holds between fields, and what may not change, each with a message that says how to fix it.
 
 The rules of one stage repeat what the `__post_init__` of its dataclass in `kubegraft.config` refuses, so that
-`kubectl apply` says it at once. A rule sees defaults already filled in.
+`kubectl apply` says it at once. They stand at `spec`: there defaults are filled in before a rule is evaluated, while at
+the stage they would be evaluated on its own default, an empty object.
 """
 
 from __future__ import annotations
@@ -108,7 +109,14 @@ _BUCKET_OR_VOLUME: Final = (
     "startsWith('gs://') || self.{0}.startsWith('s3://') || self.{0}.startsWith('/artifacts/')"
 )
 
+
+def _of_stage(stage: str, each: Rule) -> Rule:
+    """Return a stage's rule as it stands at `spec`."""
+    return Rule(each.expression.replace("self.", f"self.{stage}."), each.message, f".{stage}{each.field}")
+
+
 JOB_RULES: Final[tuple[Rule, ...]] = (
+    *(_of_stage(stage, each) for stage, rules in STAGE_RULES.items() for each in rules),
     *(
         rule(f"!has(self.{name})", f"`{name}` is reserved for a later version; remove it.")
         for name in RESERVED

@@ -22,8 +22,8 @@ from kubegraft.config import (
     TRANSFORMS,
     StageConfig,
 )
-from kubegraft.controller.rules import STAGE_RULES, Rule, rule
-from kubegraft.run_config import SHARED, STAGES, stage_fields
+from kubegraft.controller.rules import Rule, rule
+from kubegraft.run_config import STAGES, stage_fields
 
 Schema = dict[str, Any]
 
@@ -91,9 +91,7 @@ def config_properties() -> dict[str, Schema]:
 def _stage_schema(stage: str) -> Schema:
     config = STAGES[stage]
     fields = {name: _field_schema(field, config) for name, field in stage_fields(stage).items()}
-    rules = STAGE_RULES.get(stage, ())
-    more = {"x-kubernetes-validations": [each.manifest() for each in rules]} if rules else {}
-    return structure(str(config.__doc__).splitlines()[0], fields, default={}, **more)
+    return structure(str(config.__doc__).splitlines()[0], fields, default={})
 
 
 def _field_schema(field: dataclasses.Field[Any], config: type[StageConfig]) -> Schema:
@@ -107,7 +105,7 @@ def _field_schema(field: dataclasses.Field[Any], config: type[StageConfig]) -> S
         return _number_schema(field, config)
     schema = text(
         help_text,
-        default=field.default,
+        default=str(field.default),
         length=_LENGTHS.get(field.name, _MAX_TEXT),
         pattern=_PATTERNS.get(field.name, ""),
     )
@@ -168,6 +166,3 @@ def _auto_rule(name: str, low: float, open_low: bool, *, whole: bool) -> Rule | 
         f"self == {auto} || self {sign} {lowest}",
         f"`{name}` must be {words} {low:g}, or {AUTO} to let the recipe choose.",
     )
-
-
-__all__ = ["MAX_URI", "SHARED", "Schema", "config_properties", "integer", "structure", "text"]
