@@ -1,7 +1,7 @@
 """A small API server on the loopback for tests: objects in memory, watches, preconditions, and a record of all calls.
 
-It checks no schema and runs no controller. What it does, it does as Kubernetes: resource versions, 404 and 409, bodies of
-refusals, lists without the items' kinds.
+It checks no schema and runs no controller. What it does, it does as Kubernetes: resource versions, 404 and 409,
+bodies of refusals, lists without the items' kinds.
 """
 
 import asyncio
@@ -23,6 +23,8 @@ KINDS = {
     "configmaps": "ConfigMap",
     "pods": "Pod",
     "events": "Event",
+    "namespaces": "Namespace",
+    "customresourcedefinitions": "CustomResourceDefinition",
 }
 BUILT_IN = ("jobs", "configmaps", "pods", "events", "leases")
 NOW = "2026-11-28T12:00:00Z"
@@ -179,6 +181,7 @@ class Standin:
             "jobset.x-k8s.io": ("v1alpha2", ("jobsets",)),
             "batch": ("v1", ("jobs",)),
             "coordination.k8s.io": ("v1", ("leases",)),
+            "apiextensions.k8s.io": ("v1", ("customresourcedefinitions",)),  # kopf waits to find it
         }
         if path == "/version":
             return web.json_response({"major": "1", "minor": "34"})
@@ -195,7 +198,7 @@ class Standin:
         if path == "/api":
             return web.json_response({"kind": "APIVersions", "versions": ["v1"]})
         if path == "/api/v1":
-            plurals = ("configmaps", "pods", "events")
+            plurals = ("namespaces", "configmaps", "pods", "events")
         else:
             _, _, group, _ = path.split("/")
             if group not in groups:

@@ -240,7 +240,7 @@ def _condition(job: Object, name: str) -> Object | None:
 
 def _progress(job: Object) -> str:
     status = job.get("status") or {}
-    running = next((c for c in status.get("conditions", ()) if c["type"] == "Running"), {})
+    running: Object = next((c for c in status.get("conditions", ()) if c["type"] == "Running"), {})
     words = [status.get("stage") or "waiting", f"{status.get('progress', 0)} %"]
     if restarts := status.get("restarts"):
         words.append(f"{restarts} restarts")

@@ -1,6 +1,7 @@
 """The operator's queue: one reconcile for any number of events, one worker for one object, later after each failure."""
 
 import asyncio
+import itertools
 
 from kubegraft.controller.work_queue import WorkQueue
 
@@ -88,7 +89,7 @@ def test_each_failure_waits_longer_up_to_a_bound_and_success_begins_anew():
         queue = WorkQueue()
         waits = [queue.retry("a") for _ in range(12)]
         assert waits[0] < 1
-        assert all(later > earlier for earlier, later in zip(waits[:6], waits[1:7], strict=True))
+        assert all(later > earlier for earlier, later in itertools.pairwise(waits[:7]))
         assert max(waits) <= 120 * 1.2
         queue.forget("a")
         assert queue.retry("a") < 1

@@ -119,7 +119,8 @@ class Api:
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
         """Return an object, or None if there is none."""
         try:
-            return await self._call("GET", path_of(kind, namespace, name))
+            found: dict[str, Any] = await self._call("GET", path_of(kind, namespace, name))
+            return found
         except ApiError as error:
             if error.missing:
                 return None

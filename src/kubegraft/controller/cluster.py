@@ -25,7 +25,9 @@ from kubegraft.reporting.events import log_event
 
 _LOG_LINES: Final = 60
 _LOOK_SECONDS: Final = 5.0  # between two looks at the same log, or the same object's events
+_MARGIN_SECONDS: Final = 0.1
 _LOOKS_PER_SECOND: Final = 20.0  # at logs and events, of all jobs together
+_STALE_SECONDS: Final = 0.5
 _SLOW_SECONDS: Final = 3.0  # from when on a pod that does not start is asked for why
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _JOBSET_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
@@ -48,7 +50,8 @@ class _Memory:
     Attributes:
         config_map: Metadata of its ConfigMap, once seen; nothing but `reconcile` deletes it.
         refusal: Why the API server refused to make something for it.
-        stale: Whether a write met another state than the copies have.
+        stale: Whether a write met another state than the copies have, so that the API must be asked.
+        foreign: Whether the JobSet's name is somebody else's.
         events: What was found last, and when (monotonic seconds).
         reports: By pod: when its log was read, and what was in it.
     """
@@ -56,6 +59,7 @@ class _Memory:
     config_map: Object | None = None
     refusal: dict[str, str] | None = None
     stale: bool = False
+    foreign: bool = False
     events: tuple[tuple[Mapping[str, str], ...], float] = ((), -1e9)
     reports: dict[str, tuple[float, Report | None]] = field(default_factory=dict)
 
@@ -96,6 +100,7 @@ class Cluster:
         self._looks = Copies("Job", prune=prune, owner_of=_labelled(SCHEDULE_LABEL))
         self._look_pods = Copies("Pod", prune=prune, owner_of=_labelled(SCHEDULE_LABEL))
         self._memories: dict[Key, _Memory] = {}
+        self._live: set[Key] = set()
         self._allowance = Allowance(_LOOKS_PER_SECOND)
         of_schedules = f"{SCHEDULE_LABEL},!{JOB_LABEL}"
         self.watches = [
@@ -127,6 +132,7 @@ class Cluster:
         found = self._copies(key).get(key.namespace, key.name)
         if found is None:
             self._memories.pop(key, None)
+            self._live.discard(key)
             return None
         if key.kind == "TransferSchedule":
             return self._observe_schedule(found)
@@ -141,18 +147,21 @@ class Cluster:
             ApiError: If a call failed; what comes after it was not done.
         """
         about = observed.job if isinstance(observed, Observed) else observed.schedule
-        memory, seconds = self._memory(key), None
+        memory, stale = self._memory(key), False
+        waits = [self._look_seconds()] if key in self._live else []
         for action in actions:
             if isinstance(action, Requeue):
-                seconds = action.seconds
+                waits.append(action.seconds)
                 continue
             try:
                 await self._do(memory, about, action)
             except ApiError as error:
                 self._remember(key, memory, action, error)
-                raise
-        memory.stale = False
-        return seconds
+                if not (error.conflict and isinstance(action, Apply) and action.create):
+                    raise
+                stale = True  # it is there already, which the next look will show
+        memory.stale = stale or memory.foreign
+        return min([*waits, *((_STALE_SECONDS,) if stale else ())], default=None)
 
     def count_jobs(self) -> Mapping[str, int]:
         """Return how many TransferJobs there are, by the last of their conditions that is true; `New` for none."""
@@ -190,6 +199,7 @@ class Cluster:
     async def _observe_job(self, key: Key, job: Object) -> Observed:
         memory = self._memory(key)
         jobset = await self._jobset(key, job, memory)
+        (self._live.add if jobset and _is_live(jobset) else self._live.discard)(key)
         pods = self._pods.of(f"{key.namespace}/{key.name}")
         return Observed(
             job=job,
@@ -205,9 +215,16 @@ class Cluster:
         name = names.jobset_name(job)
         if not memory.stale:
             return self._jobsets.get(key.namespace, name)
-        # Somebody else's, without our label, or one that the watch has not told of yet.
         found = await self._api.get("JobSet", key.namespace, name)
-        return prune(found) if found else None
+        memory.foreign = found is not None and not self._jobsets.owner_of(found)
+        if found is None or memory.foreign:
+            return found
+        self._jobsets.put(found)  # the watch has not told of it yet
+        return self._jobsets.get(key.namespace, name)
+
+    def _look_seconds(self) -> float:
+        """Return when a job that is under way is looked at again: logs and events tell nobody that they grow."""
+        return max(_LOOK_SECONDS, len(self._live) / _LOOKS_PER_SECOND) + _MARGIN_SECONDS
 
     async def _config_map(self, key: Key, job: Object, memory: _Memory) -> Object | None:
         name = names.config_map_name(job)
@@ -293,7 +310,7 @@ class Cluster:
         if isinstance(action, Apply) and error.refused:
             made = action.manifest
             memory.refusal = {
-                "reason": error.reason or "Forbidden",
+                "reason": "ApplyFailed",
                 "message": str(error)[:1024],
                 "kind": made["kind"],
                 "name": made["metadata"]["name"],
@@ -327,9 +344,14 @@ def _speaks(pod: Object) -> bool:
     return index == "0" and (pod.get("status") or {}).get("phase") == "Running"
 
 
+def _is_live(jobset: Object) -> bool:
+    """Whether pods of a JobSet run, or should."""
+    return not (jobset["spec"].get("suspend") or (jobset.get("status") or {}).get("terminalState"))
+
+
 def _puzzling(jobset: Object, pods: tuple[Object, ...]) -> tuple[tuple[str, str], ...]:
     """Return kind and name of what may have events that say why nothing runs."""
-    if jobset["spec"].get("suspend") or (jobset.get("status") or {}).get("terminalState"):
+    if not _is_live(jobset):
         return ()
     name = jobset["metadata"]["name"]
     own = [pod for pod in pods if (pod["metadata"].get("labels") or {}).get(_JOBSET_LABEL) == name]
@@ -350,7 +372,7 @@ def _age_seconds(found: Object) -> float:
 
 
 def _when(event: Object) -> str:
-    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"])
 
 
 def _with_status(about: Object, status: Mapping[str, Any]) -> Object:

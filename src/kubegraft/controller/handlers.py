@@ -21,7 +21,7 @@ from kubegraft.controller.access import Access
 _GROUP: Final = ("kubegraft.dev", "v1alpha1")
 _PLURALS: Final = ("transferjobs", "transferschedules")
 _PAGE: Final = 500
-_END_SECONDS: Final = 5.0
+_END_SECONDS: Final = 1.0  # it only reads, so that nothing is lost with its thread
 # Who kopf is to its peers, of whom there are none; it would ask for the user's name, and the image's has none.
 _IDENTITY: Final = "kubegraft"
 Take = Callable[[str | None, dict[str, Any]], None]

@@ -8,9 +8,9 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from kubegraft.controller.access import Access
 from kubegraft.controller.actions import Action, Event, PatchStatus
@@ -21,7 +21,6 @@ from kubegraft.controller.metrics import Metrics
 from kubegraft.controller.observed import Observed, ObservedSchedule
 from kubegraft.controller.probes import serving
 from kubegraft.controller.reconcile import reconcile
-from kubegraft.controller.schedule import reconcile_schedule
 from kubegraft.controller.settings import Settings
 from kubegraft.controller.work_queue import WorkQueue
 from kubegraft.errors import ClusterError
@@ -109,6 +108,8 @@ class Operator:
 
     def _wanted(self, observed: Observed | ObservedSchedule) -> Iterable[Action]:
         if isinstance(observed, ObservedSchedule):
+            from kubegraft.controller.schedule import reconcile_schedule
+
             return reconcile_schedule(observed, self._settings)
         return reconcile(observed, self._settings)
 
@@ -133,8 +134,8 @@ async def run(options: Options) -> None:
     async with Api(options.access, metrics) as api:
         operator = Operator(api, options.settings, metrics)
         alive = _Alive(operator.queue)
-        async with serving(options.metrics_port, metrics, healthy=alive.healthy, ready=alive.ready):
-            log_event("operator", "started", namespace=options.settings.namespace or "all")
+        async with serving(options.metrics_port, metrics, healthy=alive.healthy, ready=alive.ready) as port:
+            log_event("operator", "started", port=port, namespace=options.settings.namespace or "all")
             await _until(stop, _lead(api, operator, options, metrics, alive, stop))
     log_event("operator", "ended")
 
@@ -236,9 +237,9 @@ async def _look_again(cluster: Cluster) -> None:
             log_event("operator", "warning", text=str(error))
 
 
-async def _first(wanted: object, endless: Iterable[asyncio.Task[None]]) -> None:
+async def _first(wanted: Coroutine[Any, Any, object], endless: Iterable[asyncio.Task[None]]) -> None:
     """Wait for one thing; raise what ended one of the tasks that should not end."""
-    waiting = asyncio.ensure_future(wanted)  # type: ignore[arg-type, var-annotated]
+    waiting = asyncio.ensure_future(wanted)
     done, _ = await asyncio.wait({waiting, *endless}, return_when=asyncio.FIRST_COMPLETED)
     if waiting in done:
         return
@@ -248,9 +249,9 @@ async def _first(wanted: object, endless: Iterable[asyncio.Task[None]]) -> None:
     raise ClusterError("A watch ended, which none should. It is the operator's fault: start it anew.")
 
 
-async def _until(stop: asyncio.Event, work: object) -> None:
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
     """Run until it ends by itself; before it leads, a wish to stop cancels it."""
-    task = asyncio.ensure_future(work)  # type: ignore[arg-type, var-annotated]
+    task = asyncio.ensure_future(work)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():

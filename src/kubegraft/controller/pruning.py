@@ -21,7 +21,7 @@ def prune(found: Object) -> Object:
 
     Of a pod that is who made it, where it runs, and its status; of a JobSet, all but the pods' templates.
     """
-    kept = {name: found[name] for name in ("apiVersion", "kind", "status") if name in found}
+    kept: Object = {name: found[name] for name in ("apiVersion", "kind", "status") if name in found}
     kept["metadata"] = _metadata(found["metadata"])
     if "spec" in found:
         kept["spec"] = _SPECS.get(found.get("kind", ""), dict)(found["spec"])
@@ -29,14 +29,14 @@ def prune(found: Object) -> Object:
 
 
 def _metadata(metadata: Object) -> Object:
-    kept = {name: metadata[name] for name in _METADATA if name in metadata}
+    kept: Object = {name: metadata[name] for name in _METADATA if name in metadata}
     if _LAST_APPLIED in kept.get("annotations", ()):
         kept["annotations"] = {k: v for k, v in kept["annotations"].items() if k != _LAST_APPLIED}
     return kept
 
 
 def _pod(spec: Object) -> Object:
-    kept = {name: spec[name] for name in _POD if name in spec}
+    kept: Object = {name: spec[name] for name in _POD if name in spec}
     kept["containers"] = [
         {name: one[name] for name in _CONTAINER if name in one} for one in spec.get("containers", ())
     ]
