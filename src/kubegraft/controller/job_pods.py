@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from kubegraft.controller.conditions import find, moment
-from kubegraft.controller.jobset import ATTEMPT_LABEL, CONTAINER, ROLE_LABEL, ROLES
+from kubegraft.controller.jobset import ATTEMPT_LABEL, ROLE_LABEL, ROLES
+from kubegraft.controller.pod_template import CONTAINER
 from kubegraft.job_report import Report, parse_report
 from kubegraft.rendering.pods import Manifest
 

@@ -1,9 +1,9 @@
 """What to do next about one TransferJob: a pure function of what is there.
 
 What exists decides, not what was done before: no JobSet yet -> make it; a JobSet -> follow it; its end, and the last
-report of its pods -> the job's end; after the end -> nothing but the deletion that `ttlSecondsAfterFinished` asks for. So
-it may be called at any time, any number of times, after a crash between any two actions and with stale objects: each
-action names what it is about, and what was done already is found and not done again.
+report of its pods -> the job's end; after the end -> nothing but the deletion that `ttlSecondsAfterFinished` asks for.
+So it may be called at any time, any number of times, after a crash between any two actions and with stale objects:
+each action names what it is about, and what was done already is found and not done again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from kubegraft.controller.failures import (
 )
 from kubegraft.controller.job_pods import JobPod, read_pods
 from kubegraft.controller.jobset import (
+    API_VERSION,
     FINISH,
+    KIND,
     PREPARE,
     QUEUE_LABEL,
     TRAIN,
@@ -155,12 +157,12 @@ def _decide(view: _View) -> tuple[Action, ...]:
         return _suspended(view) if view.spec.suspended else _start(view)
     if end := _end_of(jobset):
         return _conclude(view, jobset, end)
-    if failure := final_failure(view.pods):
+    if failure := final_failure((*view.pods, *view.left)):
         return _fail(view, failure, view.now)
-    if not _is_admitted_as_wanted(jobset, view.spec):
-        return (*_suspended(view), _delete_jobset(jobset))
     if view.spec.suspended:
-        return (*_held(view, jobset), *_suspended(view))
+        return (*_hold(view, jobset), *_suspended(view))
+    if not _is_in_its_queue(jobset, view.spec):
+        return (_delete_jobset(jobset),)  # the queue was changed; it is made anew
     return _follow(view, jobset)
 
 
@@ -184,14 +186,15 @@ def _suspended(view: _View) -> tuple[Action, ...]:
     return _tell(view, waits, startTime=None)
 
 
-def _held(view: _View, jobset: Manifest) -> tuple[Action, ...]:
+def _hold(view: _View, jobset: Manifest) -> tuple[Action, ...]:
+    """Stop the pods. With a queue the JobSet goes, and its quota with it: whether it is suspended is Kueue's to say."""
+    if view.spec.queue or not _is_in_its_queue(jobset, view.spec):
+        return (_delete_jobset(jobset),)
     return () if _is_suspended(jobset) else (_with_suspend(jobset, suspend=True),)
 
 
-def _is_admitted_as_wanted(jobset: Manifest, spec: JobSpec) -> bool:
-    """Return whether the JobSet may stay: with Kueue only the queue decides whether it is suspended."""
-    queue = (jobset["metadata"].get("labels") or {}).get(QUEUE_LABEL, "")
-    return queue == spec.queue and not (queue and spec.suspended)
+def _is_in_its_queue(jobset: Manifest, spec: JobSpec) -> bool:
+    return (jobset["metadata"].get("labels") or {}).get(QUEUE_LABEL, "") == spec.queue
 
 
 def _is_suspended(jobset: Manifest) -> bool:
@@ -204,8 +207,8 @@ def _with_suspend(jobset: Manifest, *, suspend: bool) -> Apply:
     metadata = {name: jobset["metadata"][name] for name in kept if name in jobset["metadata"]}
     return Apply(
         {
-            "apiVersion": jobset["apiVersion"],
-            "kind": jobset["kind"],
+            "apiVersion": API_VERSION,
+            "kind": KIND,
             "metadata": metadata,
             "spec": {**jobset["spec"], "suspend": suspend},
         }
@@ -239,8 +242,8 @@ def _conflict(view: _View) -> tuple[Action, ...]:
 def _follow(view: _View, jobset: Manifest) -> tuple[Action, ...]:
     if _seconds_left(view, jobset) <= 0:
         message = (
-            f"The job ran longer than activeDeadlineSeconds, {view.spec.deadline_seconds}. What it has is on the volume: "
-            "a new job of the same name with more time goes on from there."
+            f"The job ran longer than activeDeadlineSeconds, {view.spec.deadline_seconds}. What it has is on the "
+            "volume: a new job of the same name with more time goes on from there."
         )
         return _fail(view, Failure(DEADLINE_EXCEEDED, message), view.now)
     mended: tuple[Action, ...] = ()
@@ -250,7 +253,14 @@ def _follow(view: _View, jobset: Manifest) -> tuple[Action, ...]:
         return (*mended, *_let_go(view, jobset))
     started = view.before.get("startTime") or timestamp(_admitted_at(view, jobset))
     told = _tell(view, [_admitted(view.spec), _running(view)], startTime=started)
-    return (*mended, *told, Requeue(_next_look(view, jobset)))
+    return (*mended, *told, *_told_restart(view), Requeue(_next_look(view, jobset)))
+
+
+def _told_restart(view: _View) -> tuple[Action, ...]:
+    """Return an event for a restart; the status that goes before it makes it the only one."""
+    if view.restarts <= view.before.get("restarts", 0):
+        return ()
+    return (Event("Warning", "Restarted", _restarting(view).message),)
 
 
 def _let_go(view: _View, jobset: Manifest) -> tuple[Action, ...]:
