@@ -109,6 +109,8 @@ def fail(view: View, failure: Failure, at: datetime) -> tuple[Action, ...]:
         Condition(FAILED, True, failure.reason, failure.message),
         Condition(RUNNING, False, failure.reason, failure.message),
     ]
+    if view.jobset is not None:
+        ended.append(admitted(view.spec))
     told = tell(view, ended, **_times(view, at))
     live = view.jobset is not None and end_of(view.jobset) is None
     stop = (delete_jobset(view.jobset),) if view.jobset is not None and live else ()

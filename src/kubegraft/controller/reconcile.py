@@ -159,12 +159,12 @@ def _follow(view: View, jobset: Manifest) -> tuple[Action, ...]:
         return (*mended, *_let_go(view, jobset))
     started = view.before.get("startTime") or timestamp(admitted_at(view, jobset))
     told = tell(view, [admitted(view.spec), running_condition(view)], startTime=started)
-    return (*mended, *told, *_told_restart(view), Requeue(_next_look(view, jobset)))
+    return (*mended, *told, *_told_restart(view, told), Requeue(_next_look(view, jobset)))
 
 
-def _told_restart(view: View) -> tuple[Action, ...]:
-    """Return an event for a restart; the status that goes before it makes it the only one."""
-    if view.restarts <= view.before.get("restarts", 0):
+def _told_restart(view: View, told: tuple[Action, ...]) -> tuple[Action, ...]:
+    """Return an event for a restart that the condition does not tell, since the pods run again already."""
+    if view.restarts <= view.before.get("restarts", 0) or any(isinstance(each, Event) for each in told):
         return ()
     return (Event("Warning", "Restarted", restarting_condition(view).message),)
 
