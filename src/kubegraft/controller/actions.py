@@ -25,7 +25,9 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Deletion in the background; 404 is fine, and so is 409: another uid or version, the read was stale.
+    """Deletion, of a JobSet in the foreground: its name is free only when its pods are gone; else in the background.
+
+    404 is fine, and so is 409: another uid or version, the read was stale.
 
     Attributes:
         kind: `JobSet`, `ConfigMap`, `Job`, `TransferJob`.
@@ -47,7 +49,8 @@ class PatchStatus:
     """Server-side apply of the `status` of the TransferJob or TransferSchedule that was observed.
 
     With the `metadata.resourceVersion` that was observed as its precondition: 409 means that the read was stale. Then
-    nothing is written and nothing is wrong; the object is observed again. So a stale read never undoes an end.
+    nothing is written, nothing is wrong, and no action after it is carried out; the object is observed again. So a
+    stale read never undoes an end.
 
     Attributes:
         status: The whole status: what is absent is removed.

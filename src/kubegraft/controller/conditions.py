@@ -1,4 +1,4 @@
-"""Conditions by Kubernetes' conventions: a status, a reason for programs, a message for people, a time of the change."""
+"""Conditions by Kubernetes' conventions: a status, a reason for programs, a message for people, when it changed."""
 
 from __future__ import annotations
 

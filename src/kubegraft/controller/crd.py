@@ -22,7 +22,7 @@ from kubegraft.controller.status_schema import job_status, schedule_status
 GROUP: Final = "kubegraft.dev"
 VERSION: Final = "v1alpha1"
 MAX_JOB_NAME: Final = 63  # a label's value
-MAX_SCHEDULE_NAME: Final = 50  # a job's name adds a dash and the tick
+MAX_SCHEDULE_NAME: Final = 63 - len("-12345678-look")  # the tick, and what a look adds
 MUTABLE: Final = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
 MUTABLE_WHILE_SUSPENDED: Final = ("queueName", "priorityClass")
 _HEADER: Final = (

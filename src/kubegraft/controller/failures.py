@@ -1,13 +1,13 @@
 """What went wrong, so that a person understands it within a minute: a reason, and a message that says how to fix it.
 
-Two kinds: a pod that ended, and a pod that does not start. The first may be the end of the job (`reconcile` decides), the
-second may resolve itself and is only told.
+Two kinds: a pod that ended, and a pod that does not start. The first may be the end of the job (`reconcile` decides),
+the second may resolve itself and is only told.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -131,7 +131,7 @@ def explains(pod: JobPod) -> bool:
     return _rank(pod) < len(_RANKS)
 
 
-_RANKS: Final = (
+_RANKS: Final[tuple[Callable[[JobPod], bool], ...]] = (
     lambda pod: pod.exit_code in _FINAL,
     lambda pod: pod.killed_by == "OOMKilled",
     lambda pod: bool(_NO_SPACE.search(_said(pod))),
@@ -169,7 +169,7 @@ def pending_problem(
         if problem := _not_starting(pod, now, patience):
             return problem
     if not any(pod.running for pod in pods):
-        return _from_events(pending, list(events), bool(pods)) or _lost_node(pods, now)
+        return _from_events(pending, events) or _lost_node(pods, now)
     return None
 
 
@@ -204,9 +204,7 @@ def _unschedulable(pod: JobPod) -> Failure:
     )
 
 
-def _from_events(
-    pending: Sequence[JobPod], events: Sequence[Mapping[str, str]], any_pods: bool
-) -> Failure | None:
+def _from_events(pending: Sequence[JobPod], events: Iterable[Mapping[str, str]]) -> Failure | None:
     names = {pod.name for pod in pending}
     for event in events:
         if event.get("reason") in _MOUNT and event.get("name") in names:
@@ -215,7 +213,7 @@ def _from_events(
                 f"Pod {event['name']} can't mount a volume: {event.get('message', '')} The claims of `artifacts` and "
                 "`cache` must be usable on several nodes at once (ReadWriteMany) where pods run on several.",
             )
-        if event.get("reason") in _CREATION and not any_pods:
+        if event.get("reason") in _CREATION and not pending:
             return creation_problem(event.get("message", ""))
     return None
 
@@ -225,8 +223,8 @@ def creation_problem(message: str) -> Failure:
     if re.search(r"forbidden|quota|denied", message, re.IGNORECASE):
         return Failure(
             "Forbidden",
-            f"The cluster refuses what the job needs: {message} Ask for less, or have the quota, policy or role of this "
-            "namespace changed.",
+            f"The cluster refuses what the job needs: {message} Ask for less, or have the quota, policy or role of "
+            "this namespace changed.",
         )
     return Failure("CreationFailed", f"The job's pods can't be created: {message}")
 

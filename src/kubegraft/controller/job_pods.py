@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from kubegraft.controller.conditions import find, moment
-from kubegraft.controller.jobset import ATTEMPT_LABEL, CONTAINER, ROLE_LABEL, ROLES
+from kubegraft.controller.jobset import ATTEMPT_LABEL, ROLE_LABEL, ROLES
+from kubegraft.controller.pod_template import CONTAINER
 from kubegraft.job_report import Report, parse_report
 from kubegraft.rendering.pods import Manifest
 
@@ -93,7 +95,7 @@ def _read_pod(pod: Manifest, live: Report | None) -> JobPod:
     metadata, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     state = _container_state(status)
     terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
-    last = parse_report(terminated.get("message") or "")
+    last = _report_of(terminated.get("message") or "")
     scheduled = find(status.get("conditions") or (), "PodScheduled")
     homeless = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
     container: Mapping[str, Any] = next(iter(spec.get("containers") or ()), {})
@@ -121,6 +123,11 @@ def _read_pod(pod: Manifest, live: Report | None) -> JobPod:
         image=container.get("image", ""),
         memory=str(((container.get("resources") or {}).get("limits") or {}).get("memory", "")),
     )
+
+
+@functools.lru_cache(maxsize=1024)  # a pod's end is read again whenever its job is looked at
+def _report_of(message: str) -> Report | None:
+    return parse_report(message)
 
 
 def _container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,8 +7,8 @@ JobSet is made once and never rewritten: JobSets are immutable but for `suspend`
 
 How failures are told apart (docs/adr/0018-operator.md): a Job fails for one of two reasons that JobSet can act on, a
 rule of its pod failure policy or its backoff limit of 0. In `prepare` and `finish` the rule is "another try can't
-help" and fails the JobSet; a lost node or SIGTERM only replaces the pod. In `train` the rule is "the gang was broken, not by its
-own fault" and restarts the JobSet without counting; there the operator ends what another try can't help
+help" and fails the JobSet; a lost node or SIGTERM only replaces the pod. In `train` the rule is "the gang was broken,
+not by its own fault" and restarts the JobSet without counting; there the operator ends what another try can't help
 (`failures.final_failure`), and JobSet's limit of restarts does where the operator is away.
 """
 
@@ -18,38 +18,28 @@ import hashlib
 import json
 from typing import Final
 
-from kubegraft.accelerators import REQUIRE_VARIABLE
+from kubegraft.controller.pod_template import CONTAINER, config_arguments, config_map, pod_spec
 from kubegraft.controller.settings import Settings
 from kubegraft.controller.spec import JobSpec
 from kubegraft.errors import KubegraftError
-from kubegraft.rendering.pods import Manifest, container_security, pod_security
+from kubegraft.rendering.pods import Manifest
 
+API_VERSION: Final = "jobset.x-k8s.io/v1alpha2"
+KIND: Final = "JobSet"
 PREPARE: Final = "prepare"
 TRAIN: Final = "train"
 FINISH: Final = "finish"
 ROLES: Final = (PREPARE, TRAIN, FINISH)
-CONTAINER: Final = "kubegraft"
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL: Final = "kueue.x-k8s.io/priority-class"
 ROLE_LABEL: Final = "jobset.sigs.k8s.io/replicatedjob-name"
 ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
-PORT: Final = 2222
+PORT: Final = 2222  # which manifests/base opens
 AGAIN: Final = 75  # a peer died, never came or froze
 STOPPED: Final = 143  # SIGTERM, with a checkpoint
-ARTIFACTS_DIR: Final = "/artifacts"
-_CONFIG_DIR: Final = "/etc/kubegraft"
-_CACHE_DIR: Final = "/cache"
-# As `kubegraft.cache` reads them, whose import costs numpy.
-_CACHE_VARIABLE: Final = "KUBEGRAFT_CACHE"
-_BUDGET_VARIABLE: Final = "KUBEGRAFT_CACHE_BUDGET"
-_OPEN_BUDGET: Final = "auto"
 _HASH_DIGITS: Final = 10
 # `<JobSet>-prepare-0-0-abcde` must be a label of DNS, which has 63 characters.
 _MAX_JOBSET_NAME: Final = 63 - len("-prepare-0-0-abcde")
-_LOST_NODE_SECONDS: Final = 30  # Kubernetes' own 300 would leave a gang waiting
-_GRACE_SECONDS: Final = 60  # time for a checkpoint, on SIGTERM
-_LIMITS: Final = {"cpu": "4", "memory": "8Gi", "ephemeral-storage": "8Gi"}
-_REQUESTS: Final = {"cpu": "1", "memory": "4Gi", "ephemeral-storage": "1Gi"}
 
 
 def jobset_name(job: Manifest) -> str:
@@ -86,13 +76,7 @@ def render_config_map(job: Manifest) -> Manifest:
         ConfigError: If the spec breaks a rule that the schema does not know.
     """
     spec = JobSpec.of(job)
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": _metadata(spec, config_map_name(job)),
-        "immutable": True,
-        "data": {"run.yaml": spec.run_yaml()},
-    }
+    return config_map(spec, _metadata(spec, config_map_name(job)))
 
 
 def _metadata(spec: JobSpec, name: str, **labels: str) -> Manifest:
@@ -117,8 +101,8 @@ def render_jobset(job: Manifest, settings: Settings) -> Manifest:
     if spec.queue and spec.priority_class:
         kueue[PRIORITY_LABEL] = spec.priority_class
     return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
+        "apiVersion": API_VERSION,
+        "kind": KIND,
         "metadata": _metadata(spec, name, **kueue),
         "spec": {
             "suspend": bool(spec.queue),
@@ -198,82 +182,15 @@ def _single_pod_rules() -> list[Manifest]:
 
 
 def _pod_spec(role: str, spec: JobSpec, name: str, settings: Settings) -> Manifest:
-    pod: Manifest = {
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": _GRACE_SECONDS,
-        "securityContext": pod_security(),
-        "containers": [_container(role, spec, name, settings)],
-        "volumes": _volumes(role, spec, name),
-        "tolerations": [*map(dict, spec.values.get("tolerations", ())), *_lost_node_tolerations()],
-    }
-    if account := spec.values.get("serviceAccountName", settings.service_account):
-        pod["serviceAccountName"] = account
-    if spec.priority_class and not spec.queue:
-        pod["priorityClassName"] = spec.priority_class
-    for field in ("nodeSelector", "imagePullSecrets"):
-        if spec.values.get(field):
-            pod[field] = spec.values[field]
-    return pod
-
-
-def _lost_node_tolerations() -> list[Manifest]:
-    return [
-        {
-            "key": f"node.kubernetes.io/{state}",
-            "operator": "Exists",
-            "effect": "NoExecute",
-            "tolerationSeconds": _LOST_NODE_SECONDS,
-        }
-        for state in ("not-ready", "unreachable")
-    ]
-
-
-def _container(role: str, spec: JobSpec, name: str, settings: Settings) -> Manifest:
-    arguments = [
-        "job",
-        role,
-        "--config",
-        f"{_CONFIG_DIR}/run.yaml",
-        "--directory",
-        f"{ARTIFACTS_DIR}/{spec.name}",
-    ]
+    arguments = ["job", role, *config_arguments(spec.name)]
     if role == FINISH and spec.publish_uri:
         arguments += ["--publish", spec.publish_uri]
-    container: Manifest = {
-        "name": CONTAINER,
-        "image": spec.values.get("image") or settings.image,
-        "imagePullPolicy": "IfNotPresent",
-        "args": arguments,
-        "env": _variables(role, spec, name),
-        "resources": _resources(role, spec),
-        "securityContext": container_security(),
-        "terminationMessagePolicy": "File",
-        "volumeMounts": _mounts(role, spec),
-    }
+    pod = pod_spec(spec, settings, arguments, config_map=name, trains=role == TRAIN)
     if role == TRAIN:
+        container = pod["containers"][0]
         container["ports"] = [{"name": "training", "containerPort": PORT}]
-    if secret := spec.values.get("secretName"):
-        container["envFrom"] = [{"secretRef": {"name": secret}}]
-    return container
-
-
-def _variables(role: str, spec: JobSpec, name: str) -> list[Manifest]:
-    cache = spec.part("cache")
-    folder = cache.get("uri") or (_CACHE_DIR if cache.get("claim") else f"{ARTIFACTS_DIR}/cache")
-    variables: list[Manifest] = [
-        {"name": "HOME", "value": "/tmp"},
-        {"name": "KUBEGRAFT_LOG_FORMAT", "value": "json"},
-        {"name": "KUBEGRAFT_RUN_NAME", "value": spec.name},
-        {"name": _CACHE_VARIABLE, "value": folder},
-        {"name": _BUDGET_VARIABLE, "value": str(cache.get("budget", _OPEN_BUDGET))},
-    ]
-    if role == TRAIN and spec.accelerators:
-        variables.append({"name": REQUIRE_VARIABLE, "value": str(spec.accelerators)})
-    if role == TRAIN and spec.nodes > 1:
-        variables += _cluster_variables(spec, name)
-    return variables
+        container["env"] += _cluster_variables(spec, name) if spec.nodes > 1 else []
+    return pod
 
 
 def _cluster_variables(spec: JobSpec, name: str) -> list[Manifest]:
@@ -288,40 +205,3 @@ def _cluster_variables(spec: JobSpec, name: str) -> list[Manifest]:
             "value": f'{{"cluster":{cluster},"task":{{"type":"worker","index":$(TASK_INDEX)}}}}',
         },
     ]
-
-
-def _resources(role: str, spec: JobSpec) -> Manifest:
-    chosen = spec.part("resources")
-    requests = {key: str(value) for key, value in (chosen.get("requests") or {}).items()}
-    limits = {key: str(value) for key, value in (chosen.get("limits") or {}).items()}
-    if not chosen:
-        requests, limits = dict(_REQUESTS), dict(_LIMITS)
-    if role == TRAIN and spec.accelerators:
-        limits[spec.accelerator_resource] = str(spec.accelerators)
-    return {"requests": requests, "limits": limits}
-
-
-def _mounts(role: str, spec: JobSpec) -> list[Manifest]:
-    mounts: list[Manifest] = [
-        {"name": "artifacts", "mountPath": ARTIFACTS_DIR},
-        {"name": "config", "mountPath": _CONFIG_DIR, "readOnly": True},
-        {"name": "tmp", "mountPath": "/tmp"},
-    ]
-    if spec.part("cache").get("claim"):
-        mounts.append({"name": "cache", "mountPath": _CACHE_DIR})
-    if role == TRAIN and spec.accelerators:
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    return mounts
-
-
-def _volumes(role: str, spec: JobSpec, name: str) -> list[Manifest]:
-    volumes: list[Manifest] = [
-        {"name": "artifacts", "persistentVolumeClaim": {"claimName": spec.artifacts_claim}},
-        {"name": "config", "configMap": {"name": name}},
-        {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
-    ]
-    if claim := spec.part("cache").get("claim"):
-        volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": claim}})
-    if role == TRAIN and spec.accelerators:
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": spec.shm_size}})
-    return volumes

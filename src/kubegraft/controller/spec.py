@@ -6,6 +6,8 @@ that an older schema let in is read the same way.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +128,7 @@ class JobSpec:
         Raises:
             ConfigError: If a value breaks its rule, for all that the schema let it in.
         """
-        values: dict[tuple[str, str], Any] = {
-            ("", name): self.values[name] for name in SHARED if name in self.values
-        }
-        for stage in STAGES:
-            section = self.part(stage)
-            values |= {(stage, name): section[name] for name in stage_fields(stage) if name in section}
-        return RunConfig().with_values(values)
+        return _run_config(self.values)
 
     def run_yaml(self) -> str:
         """Return the config file that the pods read.
@@ -140,7 +136,8 @@ class JobSpec:
         Raises:
             ConfigError: As `run_config`.
         """
-        return to_yaml(self.run_config())
+        chosen = {name: self.values[name] for name in (*SHARED, *STAGES) if name in self.values}
+        return _run_yaml(json.dumps(chosen))
 
     def labels(self) -> Manifest:
         """Return the labels of all that the job owns."""
@@ -149,6 +146,19 @@ class JobSpec:
     def owner(self) -> Manifest:
         """Return the owner reference of all that the job owns: it goes when the job goes."""
         return owner_reference(JOB_KIND, self.name, self.uid)
+
+
+def _run_config(chosen: Mapping[str, Any]) -> RunConfig:
+    values: dict[tuple[str, str], Any] = {("", name): chosen[name] for name in SHARED if name in chosen}
+    for stage in STAGES:
+        section = chosen.get(stage) or {}
+        values |= {(stage, name): section[name] for name in stage_fields(stage) if name in section}
+    return RunConfig().with_values(values)
+
+
+@functools.lru_cache(maxsize=64)  # YAML with its comments takes milliseconds, and many jobs have the same
+def _run_yaml(chosen: str) -> str:
+    return to_yaml(_run_config(json.loads(chosen)))
 
 
 def owner_reference(kind: str, name: str, uid: str) -> Manifest:

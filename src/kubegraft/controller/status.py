@@ -1,8 +1,8 @@
 """A TransferJob's status, computed anew from what is there and from the status before.
 
 Only forward: a restart, a missed event or a stale read never turns progress, stage or restarts back, so that what is
-written is the same in whatever order it was seen. And seldom: what changes all the time is written only together with what
-does not, so that a job costs a constant number of writes.
+written is the same in whatever order it was seen. And seldom: what changes all the time is written only together with
+what does not, so that a job costs a constant number of writes.
 """
 
 from __future__ import annotations
