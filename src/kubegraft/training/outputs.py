@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, Final
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from kubegraft import __version__

@@ -1,4 +1,4 @@
-"""How workers keep pace: what they agree on at each step, how long one waits for the others, and when that is too long."""
+"""How workers keep pace: what they agree on at each step, how long they wait, and when that is too long."""
 
 from __future__ import annotations
 

@@ -341,6 +341,11 @@ def replica_steps(
     return ReplicaStep(train, NUM_SUMS if alone else NUM_COLUMNS), ReplicaStep(evaluate)
 
 
+def _clock() -> Any:
+    """Return the time in a graph, in seconds; TensorFlow's own operation is refused where results are to be repeatable."""
+    return tf.ensure_shape(tf.numpy_function(time.perf_counter, [], tf.float64), [])
+
+
 def summed_with_others(gradients: Sequence[Any], sums: Any, told: Any) -> tuple[list[Any], Any]:
     """Return gradients summed over all replicas of all workers, and the columns of the step's results.
 
@@ -354,10 +359,10 @@ def summed_with_others(gradients: Sequence[Any], sums: Any, told: Any) -> tuple[
     told = told / num_local_replicas(tf.distribute.get_strategy())
     flat = tf.concat([*(tf.reshape(each, [-1]) for each in gradients), sums, told], 0)
     with tf.control_dependencies([flat]):
-        ready = tf.timestamp()
+        ready = _clock()
     total = tf.distribute.get_replica_context().all_reduce("SUM", flat)
     with tf.control_dependencies([total]):
-        waited = tf.cast(tf.timestamp() - ready, tf.float32)
+        waited = tf.cast(_clock() - ready, tf.float32)
     sizes = [each.shape.num_elements() for each in gradients]
     *parts, rest = tf.split(total, [*sizes, NUM_SUMS + NUM_TOLD])
     shaped = [tf.reshape(part, each.shape) for part, each in zip(parts, gradients, strict=True)]
