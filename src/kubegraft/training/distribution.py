@@ -9,7 +9,8 @@ from typing import Any, Final
 import tensorflow as tf
 
 from kubegraft.errors import ConfigError
-from kubegraft.training.cluster import Cluster, find_cluster, join
+from kubegraft.training.cluster import join
+from kubegraft.training.cluster_spec import Cluster, find_cluster
 from kubegraft.training.watchdog import WATCHDOG
 from kubegraft.training.workers import ALONE, Workers
 

@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any, Final
 
 import keras
@@ -115,10 +115,10 @@ def write_model(
 
 
 def pace_of(history: History) -> dict[str, float]:
-    """Return how fast several workers trained, as a mean over the epochs; nothing for a process that trains alone."""
+    """Return how fast several workers trained, as the median of the epochs; nothing for a process that trains alone."""
     measured = [epoch for epoch in history.epochs if "images_per_second" in epoch]
     names = ("images_per_second", "scaling_efficiency", "waiting_fraction")
-    return {name: round(fmean(each[name] for each in measured), 4) for name in names if measured}
+    return {name: round(median(each[name] for each in measured), 4) for name in names if measured}
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from kubegraft.stage import (
     run_stage,
     work_directory,
 )
-from kubegraft.training.cluster import find_cluster
+from kubegraft.training.cluster_spec import find_cluster
 from kubegraft.training.distribution import make_strategy, workers_of
 from kubegraft.training.workers import Workers
 

@@ -342,7 +342,7 @@ def replica_steps(
 
 
 def _clock() -> Any:
-    """Return the time in a graph, in seconds; TensorFlow's own operation is refused where results are to be repeatable."""
+    """Return the time in a graph, in seconds; TensorFlow refuses its own where results are to be repeatable."""
     return tf.ensure_shape(tf.numpy_function(time.perf_counter, [], tf.float64), [])
 
 

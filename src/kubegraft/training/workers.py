@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.errors import PeerLost, TrainingError
-from kubegraft.training.cluster import Cluster
+from kubegraft.training.cluster_spec import Cluster
 from kubegraft.training.watchdog import WATCHDOG
 
 # Of a group of TensorFlow's collectives; the strategy counts its own from 1.
