@@ -168,17 +168,19 @@ def _train(job: _Job) -> None:
     await_file(job.output("ingest") / RESULT_FILE)
     dataset_digest = read_result(job.output("ingest")).digest
     identity = _identity(dataset_digest, asdict(job.config.head), asdict(job.config.fine_tune))
-    job.reporter.begin("train_head")
-    if not job.is_done(_TRAINED_FILE, identity):
-        if cluster:
-            _join(job)
-        _train_stages(job)
-        if not cluster or cluster.index == 0:
-            job.mark_done(_TRAINED_FILE, identity)
-    job.reporter.begin("fine_tune")
-    job.reporter.finish(read_result(job.output("fine_tune")).metrics)
+    if job.is_done(_TRAINED_FILE, identity):
+        job.reporter.begin("fine_tune")
+        job.reporter.finish(read_result(job.output("fine_tune")).metrics)
+        job.reporter.done(dataset_digest=dataset_digest)
+        return
+    if cluster:
+        _join(job)
+    _train_stages(job)
+    is_chief = not cluster or cluster.index == 0
+    if is_chief:
+        job.mark_done(_TRAINED_FILE, identity)
     job.reporter.done(dataset_digest=dataset_digest)
-    if cluster and cluster.index == 0:
+    if cluster and is_chief:
         time.sleep(_LAST_TO_LEAVE_SECONDS)
 
 
@@ -203,6 +205,7 @@ def _train_stages(job: _Job) -> None:
     from kubegraft.training.head import train_head
 
     dataset, head = job.output("ingest"), job.output("train_head")
+    job.reporter.begin("train_head")
     job.reporter.finish(train_head(dataset, head, job.config.head).metrics)
     job.reporter.begin("fine_tune")
     job.reporter.finish(fine_tune(dataset, head, job.output("fine_tune"), job.config.fine_tune).metrics)

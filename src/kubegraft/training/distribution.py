@@ -64,7 +64,8 @@ def workers_of(strategy: Any) -> Workers:
 
 def num_local_replicas(strategy: Any) -> int:
     """Return how many of a strategy's replicas are in this process."""
-    return len(strategy.extended.worker_devices)
+    num_replicas: int = strategy.num_replicas_in_sync // workers_of(strategy).num_workers
+    return num_replicas
 
 
 def has_gpu() -> bool:
