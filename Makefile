@@ -79,7 +79,7 @@ requirements: $(READY)  ## write docker/requirements-*.txt from pyproject.toml a
 images:  ## build the images: make images [TARGETS="cpu gpu operator"] [REGISTRY=...] [TAG=...] [DOCKER_FLAGS="--network host"]
 	@for target in $(TARGETS); do $(DOCKER_IMAGE); \
 	  if $(DOCKER) image inspect "$$image" >/dev/null 2>&1; then echo "$$image is there already"; continue; fi; \
-	  $(DOCKER) build $(DOCKER_FLAGS) --file docker/train.Dockerfile --target "$$target" --build-arg IMAGE_VERSION="$(TAG)" --tag "$$image" . || exit 1; \
+	  $(DOCKER) build $(DOCKER_FLAGS) --file "docker/$$file.Dockerfile" --target "$$target" --build-arg IMAGE_VERSION="$(TAG)" --tag "$$image" . || exit 1; \
 	  echo "$$image"; done
 
 images-push:  ## push what `make images` built; a tag that the registry has is left as it is
@@ -89,7 +89,7 @@ images-push:  ## push what `make images` built; a tag that the registry has is l
 
 # The name of the image of $$target, in a recipe.
 define DOCKER_IMAGE
-case "$$target" in cpu) name=train;; operator) name=operator;; *) name="train-$$target";; esac; image="$(REGISTRY)/kubegraft-$$name:$(TAG)"
+case "$$target" in cpu) name=train; file=train;; operator) name=operator; file=operator;; *) name="train-$$target"; file=train;; esac; image="$(REGISTRY)/kubegraft-$$name:$(TAG)"
 endef
 
 clean:  ## remove .venv and caches

@@ -1,5 +1,4 @@
-# The image of every task: kubegraft with TensorFlow and KFP, for CPUs (--target cpu) or NVIDIA GPUs (--target gpu); and
-# that of the operator (--target operator), which has neither.
+# The image of every task: kubegraft with TensorFlow and KFP, for CPUs (--target cpu) or NVIDIA GPUs (--target gpu).
 # `make images` builds it; docker/README.md says why it is as it is. Plain instructions only, so that builders
 # without BuildKit do: no heredocs, no RUN --mount.
 #
@@ -98,43 +97,5 @@ USER 65532:65532
 WORKDIR /tmp
 ENTRYPOINT ["kubegraft"]
 CMD ["--help"]
-ARG IMAGE_VERSION=0
-LABEL org.opencontainers.image.version="${IMAGE_VERSION}"
-
-# ---- the operator: kubegraft without TensorFlow and KFP --------------------------------------------------------
-FROM build AS packages-operator
-COPY docker/requirements-operator.txt /build/requirements.txt
-RUN /opt/build/bin/python -m pip wheel --require-hashes --no-deps --no-build-isolation -w /wheels -r /build/requirements.txt \
- && /opt/build/bin/python -m pip --python /opt/kubegraft/bin/python install --no-index --no-deps --no-compile /wheels/*.whl \
- && /opt/build/bin/python -m pip --python /opt/kubegraft/bin/python check \
- && /opt/build/bin/python /build/slim.py packages /opt/kubegraft \
- && rm -r /wheels
-
-FROM packages-operator AS code-operator
-WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
-COPY pipelines/compiled pipelines/compiled
-COPY benchmarks benchmarks
-COPY src src
-RUN /opt/build/bin/python -m pip wheel --no-index --no-deps --no-build-isolation -w /wheels . \
- && /opt/build/bin/python -m pip --python /opt/kubegraft/bin/python install --no-index --no-deps --no-compile /wheels/*.whl \
- && mkdir /code && /opt/kubegraft/bin/python /build/sbom.py > /code/sbom.cdx.json \
- && /opt/build/bin/python /build/slim.py code /opt/kubegraft /code
-
-FROM ${PYTHON_IMAGE} AS operator
-LABEL org.opencontainers.image.title="kubegraft-operator" \
-      org.opencontainers.image.description="Turns TransferJobs into distributed training" \
-      org.opencontainers.image.source="https://github.com/kubegraft/kubegraft" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.vendor="The kubegraft authors"
-ENV PATH=/opt/kubegraft/bin:/usr/local/bin:/usr/bin:/bin \
-    HOME=/tmp XDG_CACHE_HOME=/tmp/cache XDG_CONFIG_HOME=/tmp/config \
-    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
-COPY --from=packages-operator /opt/kubegraft /opt/kubegraft
-COPY --from=code-operator /code /opt/kubegraft
-USER 65532:65532
-WORKDIR /tmp
-ENTRYPOINT ["kubegraft"]
-CMD ["operator", "run"]
 ARG IMAGE_VERSION=0
 LABEL org.opencontainers.image.version="${IMAGE_VERSION}"

@@ -18,7 +18,8 @@ from pipelines._placement import USER
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
-DOCKERFILE = (DOCKER / "train.Dockerfile").read_text(encoding="utf-8")
+DOCKERFILES = ("docker/train.Dockerfile", "docker/operator.Dockerfile")
+DOCKERFILE = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCKERFILES)
 REQUIREMENTS = ("build", "cpu", "gpu", "operator")
 
 
@@ -97,22 +98,22 @@ def test_the_gpu_image_has_cuda_and_otherwise_the_cpu_image_s_packages():
 
 
 def copied() -> list[str]:
-    """Return what the Dockerfile copies from the checkout."""
+    """Return what the Dockerfiles copy from the checkout."""
     lines = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
     return [source for line in lines for source in line.split()]
 
 
-def test_the_tag_hashes_what_the_dockerfile_copies_and_the_dockerfile():
+def test_the_tag_hashes_what_the_dockerfiles_copy_and_the_dockerfiles():
     tag = script("tag")
     hashed = {path.relative_to(ROOT).as_posix() for path in tag.inputs(ROOT)}
-    assert "docker/train.Dockerfile" in hashed
+    assert set(DOCKERFILES) <= hashed
     for source in copied():
         path = ROOT / source
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         names = {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
         assert names
         assert names <= hashed, source
-    for name in hashed - {"docker/train.Dockerfile"}:
+    for name in hashed - set(DOCKERFILES):
         assert any(name == source or name.startswith(source + "/") for source in copied()), name
 
 
