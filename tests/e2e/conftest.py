@@ -82,7 +82,9 @@ def operator(cluster, operator_image) -> Operator:
     try:
         cluster.kubectl("get", "crd", "jobsets.jobset.x-k8s.io")
     except Refused:
-        pytest.skip("The operator's tests need JobSet: https://jobset.sigs.k8s.io; on the testbed, `install-jobset`.")
+        pytest.skip(
+            "The operator's tests need JobSet: https://jobset.sigs.k8s.io; on the testbed, `install-jobset`."
+        )
     operator = Operator()
     train = os.environ.get("KUBEGRAFT_E2E_IMAGE") or "kubegraft-train:none"
     objects = installed({"operator": operator_image, "train": train})

@@ -50,14 +50,24 @@ class Operator:
         self.cluster.kubectl(
             "apply", "--server-side", "--force-conflicts", "--filename", "-", content=text.encode()
         )
-        self.cluster.kubectl("rollout", "status", "deployment/kubegraft-operator", "--timeout=120s", seconds=130)
+        self.cluster.kubectl(
+            "rollout", "status", "deployment/kubegraft-operator", "--timeout=120s", seconds=130
+        )
         # The definitions are served a moment after they are there.
-        self.cluster.kubectl("wait", "--for=condition=Established", "crd/transferjobs.kubegraft.dev", "--timeout=30s")
+        self.cluster.kubectl(
+            "wait", "--for=condition=Established", "crd/transferjobs.kubegraft.dev", "--timeout=30s"
+        )
 
     def remove(self, objects: list[dict]) -> None:
         text = yaml.safe_dump_all(objects)
         self.cluster.kubectl(
-            "delete", "--filename", "-", "--ignore-not-found", "--timeout=100s", content=text.encode(), seconds=120
+            "delete",
+            "--filename",
+            "-",
+            "--ignore-not-found",
+            "--timeout=100s",
+            content=text.encode(),
+            seconds=120,
         )
 
     def pods(self) -> list[str]:

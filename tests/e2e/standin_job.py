@@ -13,7 +13,12 @@ import sys
 import time
 
 TERMINATION = pathlib.Path(os.environ.get("KUBEGRAFT_TERMINATION_FILE", "/dev/termination-log"))
-STAGES = {"prepare": ("ingest",), "train": ("train_head", "fine_tune"), "finish": ("evaluate", "export"), "look": ("ingest",)}
+STAGES = {
+    "prepare": ("ingest",),
+    "train": ("train_head", "fine_tune"),
+    "finish": ("evaluate", "export"),
+    "look": ("ingest",),
+}
 
 
 def line(**values) -> str:

@@ -166,7 +166,7 @@ def test_the_dockerfile_is_plain_and_ends_as_a_numeric_user():
 
 def test_nothing_is_installed_into_an_image_unchecked():
     commands = [line for line in DOCKERFILE.splitlines() if re.search(r" (install|wheel) -", line)]
-    assert len(commands) == 13
+    assert len(commands) == 14
     for line in commands:
         assert "--require-hashes" in line or "--no-index" in line
 

@@ -407,6 +407,7 @@ def test_the_role_allows_exactly_the_calls_that_are_made(standin):
                 (Apply(child, create=True), Apply(look, create=True), PatchStatus({"active": []})),
             )
             deletes = [("JobSet", jobset["metadata"]["name"]), ("TransferJob", "nightly-1"), ("Job", "look")]
+            deletes.append(("ConfigMap", "look"))
             await cluster.act(KEY, await cluster.observe(KEY), [Delete(k, n, "team") for k, n in deletes])
             standin.put("jobsets", {**jobset, "metadata": {**jobset["metadata"], "creationTimestamp": NOW}})
             standin.remove("pods", "team", pod_of(job)["metadata"]["name"])

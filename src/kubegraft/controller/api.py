@@ -205,7 +205,9 @@ class Api:
         return await self._write("update", manifest["kind"], "PUT", path, body=manifest)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str = "", version: str = "") -> None:
-        """Delete an object and, in the background, what it owns; one that is gone, or another now, is left.
+        """Delete an object and what it owns; one that is gone, or another now, is left.
+
+        What a JobSet owns goes first: its name is free when its pods are gone.
 
         Args:
             kind: Of the object.
@@ -214,7 +216,7 @@ class Api:
             uid: The very object, not one of the same name made later; "" for whichever is there.
             version: Its resource version; "" for any.
         """
-        options: dict[str, Any] = {"propagationPolicy": "Background"}
+        options: dict[str, Any] = {"propagationPolicy": "Foreground" if kind == "JobSet" else "Background"}
         if conditions := {k: v for k, v in (("uid", uid), ("resourceVersion", version)) if v}:
             options["preconditions"] = conditions
         try:

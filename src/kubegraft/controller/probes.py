@@ -46,7 +46,8 @@ async def serving(port: int, metrics: Metrics, *, healthy: Probe, ready: Probe) 
             raise EnvironmentFault(
                 f"`metrics_port` must be a free port. Received: metrics_port={port} ({error.strerror}). Give another."
             ) from error
-        yield runner.addresses[0][1]
+        # With port 0, IPv4 and IPv6 get a port each; an address of IPv4 is a pair.
+        yield min(runner.addresses, key=len)[1]
     finally:
         await runner.cleanup()
 
