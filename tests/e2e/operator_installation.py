@@ -84,9 +84,11 @@ class Operator:
 
     def metrics(self) -> str:
         (pod, *_) = self.pods()
-        with forwarded(OPERATOR_NAMESPACE, f"pod/{pod}", 8080) as port:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
-                return answer.read().decode()
+        with (
+            forwarded(OPERATOR_NAMESPACE, f"pod/{pod}", 8080) as port,
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer,
+        ):
+            return answer.read().decode()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""What the image of standin.Dockerfile runs in place of `kubegraft`: says what a pod of a job says, and does as it is told.
+"""What the image of standin.Dockerfile runs in place of `kubegraft`: says what a pod says, and does as it is told.
 
-The job's `ingest.source` tells: /standin/<behaviour>/<seconds of each stage>. Behaviours: `ok`; `memory` (takes more than
-there is, in `train`); `disk` (fills a file system, in `train`); `crash` (exit code 1, in `train`).
+The job's `ingest.source` tells: /standin/<behaviour>/<seconds of each stage>. Behaviours: `ok`; `memory` (takes more
+than there is, in `train`); `disk` (fills a file system, in `train`); `crash` (exit code 1, in `train`).
 """
 
 import json
@@ -48,16 +48,15 @@ def fill_disk() -> None:
         end(8, stage="fine_tune", error="StorageError", message=message)
 
 
-def main() -> None:
-    role = sys.argv[2]
-    config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+def main(role: str, arguments: list[str]) -> None:
+    config = pathlib.Path(arguments[arguments.index("--config") + 1]).read_text()
     _, behaviour, seconds = re.search(r"source: /(standin)/(\w+)/([\d.]+)", config).groups()
     first = os.environ.get("TASK_INDEX", "0") == "0"
     signal.signal(signal.SIGTERM, lambda *_: end(143, stage=STAGES[role][-1]))
     for stage in STAGES[role]:
         for progress in range(0, 101, 50):
             if first:
-                print(line(stage=stage, progress=progress), flush=True)
+                print(line(stage=stage, progress=progress), flush=True)  # noqa: T201
             time.sleep(float(seconds) / 3)
         if stage == "fine_tune" and behaviour == "memory":
             fill_memory()
@@ -75,4 +74,5 @@ def main() -> None:
     end(0, **last)
 
 
-main()
+if __name__ == "__main__":
+    main(sys.argv[2], sys.argv)

@@ -209,31 +209,24 @@ def test_the_operator_may_do_no_more_than_it_needs(operator):
         assert not may(*what), what
 
 
-def test_who_may_edit_a_namespace_may_edit_its_jobs_and_who_may_view_may_not(jobs, operator):
-    for role, verdict in (("edit", True), ("view", False)):
-        name = f"{role}or"
-        jobs.cluster.kubectl("create", "serviceaccount", name)
-        jobs.cluster.kubectl(
-            "create", "rolebinding", name, f"--clusterrole={role}", f"--serviceaccount=kubegraft:{name}"
-        )
+@pytest.mark.parametrize(("role", "verdict"), [("edit", True), ("view", False)])
+def test_who_may_edit_a_namespace_may_edit_its_jobs_and_who_may_view_may_not(role, verdict, jobs):
+    name, kubectl = f"{role}or", jobs.cluster.kubectl
+
+    def may(verb):
+        account = f"--as=system:serviceaccount:kubegraft:{name}"
         try:
+            return kubectl("auth", "can-i", verb, "transferjobs.kubegraft.dev", account).strip() == "yes"
+        except Refused:
+            return False
 
-            def may(verb, name=name):
-                account = f"--as=system:serviceaccount:kubegraft:{name}"
-                try:
-                    return (
-                        jobs.cluster.kubectl(
-                            "auth", "can-i", verb, "transferjobs.kubegraft.dev", account
-                        ).strip()
-                        == "yes"
-                    )
-                except Refused:
-                    return False
-
-            until(lambda may=may: may("get"), seconds=20)  # Kubernetes adds up roles after a moment
-            assert may("create") is verdict
-        finally:
-            jobs.cluster.kubectl("delete", "rolebinding,serviceaccount", name)
+    kubectl("create", "serviceaccount", name)
+    kubectl("create", "rolebinding", name, f"--clusterrole={role}", f"--serviceaccount=kubegraft:{name}")
+    try:
+        until(lambda: may("get"), seconds=20)  # Kubernetes adds up roles after a moment
+        assert may("create") is verdict
+    finally:
+        kubectl("delete", "rolebinding,serviceaccount", name)
 
 
 def test_the_metrics_count_what_was_written(operator, jobs):

@@ -1,4 +1,4 @@
-"""What the API server says to TransferJobs and TransferSchedules, in a server-side dry run; and an upgrade of the definitions."""
+"""What the API server says to TransferJobs and TransferSchedules, in server-side dry runs; an upgrade of the definitions."""
 
 import copy
 
@@ -125,32 +125,24 @@ def test_the_trainer_s_runtime_is_a_jobset(cluster, operator):
         assert "created" in cluster.apply(pod, flags=DRY_RUN)
 
 
-def test_jobs_of_the_definition_before_go_on_after_an_upgrade(jobs, operator):
-    now = [one for one in objects_of("crds") if one["metadata"]["name"].startswith("transferjobs")]
-    before = yaml.safe_load(PREVIOUS.read_text())
-    operator = Operator()
-    operator.cluster.kubectl(
-        "apply",
-        "--server-side",
-        "--force-conflicts",
-        "--filename",
-        "-",
-        content=yaml.safe_dump(before).encode(),
+def define(document: dict) -> None:
+    content = yaml.safe_dump(document).encode()
+    Operator().cluster.kubectl(
+        "apply", "--server-side", "--force-conflicts", "--filename", "-", content=content
     )
+
+
+def test_jobs_of_the_definition_before_go_on_after_an_upgrade(jobs, operator):
+    (now,) = [one for one in objects_of("crds") if one["metadata"]["name"].startswith("transferjobs")]
+    define(yaml.safe_load(PREVIOUS.read_text()))
     try:
         jobs.start(jobs.of_standin("old", seconds=4))
         jobs.wait("old", "Running", seconds=60)
         uid = jobs.get("old")["metadata"]["uid"]
     finally:
-        operator.cluster.kubectl(
-            "apply",
-            "--server-side",
-            "--force-conflicts",
-            "--filename",
-            "-",
-            content=yaml.safe_dump_all(now).encode(),
-        )
-    job = jobs.wait("old") and jobs.get("old")
+        define(now)
+    jobs.wait("old")
+    job = jobs.get("old")
     assert job["metadata"]["uid"] == uid
     assert job["status"]["progress"] == 100
 
