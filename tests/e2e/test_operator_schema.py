@@ -85,7 +85,6 @@ def test_what_can_not_change_is_rejected_and_what_can_is_not(jobs):
         with pytest.raises(Refused, match=f"{path.split('.')[0]}.*can't change"):
             jobs.cluster.apply(changed(job, path, value), flags=DRY_RUN)
     for path, value in (
-
         ("activeDeadlineSeconds", 60),
         ("suspend", False),
         ("queueName", "q"),
