@@ -72,7 +72,9 @@ def random_story(rng: random.Random) -> Story:
         spec["queueName"] = "queue"
     if rng.random() < 0.2:
         spec["ttlSecondsAfterFinished"] = rng.choice((0, 30))
-    if any(fate is DIVERGED for _, _, fate in faults):  # other ends may come first, where the operator is away
+    if any(
+        fate is DIVERGED for _, _, fate in faults
+    ):  # other ends may come first, where the operator is away
         faults = tuple(each for each in faults if each[1] == 0 or each[2] is DIVERGED)
     if rng.random() < 0.1:
         faults, spec = (ENDLESS,), {**spec, "activeDeadlineSeconds": 90}
