@@ -107,7 +107,10 @@ def _schedule_spec() -> Schema:
     history = "How many {0} jobs are kept; older ones are deleted."
     properties = {
         "cron": text(
-            "When, as minute, hour, day of month, month, day of week.", length=128, pattern=_FIVE_FIELDS
+            "When, as minute, hour, day of month, month, day of week.",
+            length=128,
+            pattern=_FIVE_FIELDS,
+            otherwise=_CRON_FORM,
         ),
         "timeZone": {
             **text(
