@@ -220,6 +220,7 @@ class World:
             self.put({**manifest, "metadata": metadata})
         else:
             assert set(manifest["spec"]) == {"suspend"}, "all else is immutable"
+            assert QUEUE_LABEL not in found["metadata"]["labels"], "whether it is suspended is Kueue's to say"
             self.put({**found, "spec": {**found["spec"], **manifest["spec"]}})
         self.writes += 1
         owners = [each["metadata"]["ownerReferences"][0]["uid"] for each in self.of_kind("JobSet")]
