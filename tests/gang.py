@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 INPUT_SIZE = 16
@@ -94,7 +95,7 @@ def register_tiny_backbone():
             rows = keras.layers.Conv2D(filters, 3, strides=2, padding="same", name=f"conv_{number}")(rows)
             rows = keras.layers.BatchNormalization(name=f"bn_{number}")(rows)
             rows = keras.layers.ReLU(name=f"relu_{number}")(rows)
-        return keras.Model(input_tensor, rows)
+        return SimpleNamespace(output=rows)
 
     keras.applications.Tiny = tiny
     backbones._BY_FOLDED["tiny"] = Backbone(
