@@ -69,9 +69,11 @@ compile: $(READY)  ## write pipelines/compiled/*.yaml
 	@$(BIN)/python pipelines/compile.py
 
 generate: compile  ## regenerate every generated file
+	@$(BIN)/python -m kubegraft.controller.crd
 
 check-generated: $(READY)  ## fail if a generated file differs from its source
 	@$(BIN)/python pipelines/compile.py --check
+	@$(BIN)/python -m kubegraft.controller.crd --check
 
 requirements: $(READY)  ## write docker/requirements-*.txt from pyproject.toml and constraints.txt
 	@$(BIN)/python docker/requirements.py

@@ -1,8 +1,8 @@
 """A cluster in memory: an API with resource versions, JobSets and pods that fare as it is written, people, Kueue.
 
 The JobSets follow the policies of their own manifests (pod failure policy, failure policy, dependsOn), as JobSet 0.8.2
-and Kubernetes 1.34 read them. What becomes of a pod depends on its part and attempt alone (`Fate`), so that a job must end
-the same way however often its operator crashes, reads old objects or misses events.
+and Kubernetes 1.34 read them. What becomes of a pod depends on its part and attempt alone (`Fate`), so that a job must
+end the same way however often its operator crashes, reads old objects or misses events.
 """
 
 import dataclasses
@@ -29,6 +29,9 @@ from kubegraft.job_report import Report
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 SETTINGS = Settings(image="kubegraft-train:1")
+# What an operator's copies may lag behind, and, longer than that, how long it waits for last reports.
+LAG = timedelta(seconds=45)
+PATIENT = Settings(image="kubegraft-train:1", report_wait_seconds=60)
 STAGES = {"prepare": ("ingest",), "train": ("train_head", "fine_tune"), "finish": ("evaluate", "export")}
 METRICS = {
     "prepare": {},
@@ -146,20 +149,28 @@ class Conflict(Exception):
 
 @dataclasses.dataclass
 class World:
-    """Objects by (kind, name), replaced and never changed in place, so that a copy of the dict is a snapshot."""
+    """Objects by (kind, name), replaced and never changed in place, so that a copy of the dict is a snapshot.
+
+    `snapshots` are what was, each with the time at which it was no longer so.
+    """
 
     fate: Callable[[str, int, int], Fate] = lambda role, attempt, index: WELL
     now: datetime = START
     objects: dict[Key, Manifest] = dataclasses.field(default_factory=dict)
     logs: dict[str, Report] = dataclasses.field(default_factory=dict)
-    snapshots: list[dict[Key, Manifest]] = dataclasses.field(default_factory=list)
+    snapshots: list[tuple[datetime, dict[Key, Manifest]]] = dataclasses.field(default_factory=list)
     events: list[Event] = dataclasses.field(default_factory=list)
     writes: int = 0
     version: int = 0
 
     # The API.
 
+    def _remember(self) -> None:
+        self.snapshots.append((self.now, dict(self.objects)))
+        del self.snapshots[:-24]
+
     def put(self, manifest: Manifest) -> None:
+        self._remember()
         self.version += 1
         kind, metadata = manifest.get("kind", "Pod"), manifest["metadata"]
         version = str(self.version)
@@ -167,8 +178,6 @@ class World:
             **manifest,
             "metadata": {"uid": f"uid-{version}", **metadata, "resourceVersion": version},
         }
-        self.snapshots.append(dict(self.objects))
-        del self.snapshots[:-24]
 
     def get(self, kind: str) -> Manifest | None:
         return next((value for (found, _), value in self.objects.items() if found == kind), None)
@@ -177,8 +186,8 @@ class World:
         return [value for (found, _), value in self.objects.items() if found == kind]
 
     def remove(self, key: Key) -> None:
+        self._remember()
         self.objects.pop(key, None)
-        self.snapshots.append(dict(self.objects))
 
     def carry_out(self, action: Action, job: Manifest) -> None:
         """Do what the operator wants.
@@ -210,9 +219,8 @@ class World:
             metadata = {**manifest["metadata"], "creationTimestamp": timestamp(self.now)}
             self.put({**manifest, "metadata": metadata})
         else:
-            assert found["spec"]["replicatedJobs"] == manifest["spec"]["replicatedJobs"], (
-                "these are immutable"
-            )
+            assert set(manifest["spec"]) == {"suspend"}, "all else is immutable"
+            assert QUEUE_LABEL not in found["metadata"]["labels"], "whether it is suspended is Kueue's to say"
             self.put({**found, "spec": {**found["spec"], **manifest["spec"]}})
         self.writes += 1
         owners = [each["metadata"]["ownerReferences"][0]["uid"] for each in self.of_kind("JobSet")]
@@ -424,16 +432,18 @@ def _action(rules: list[Manifest], pod: Manifest) -> str:
 # The operator, well or perturbed.
 
 
-def observe(world: World, job: Mapping[Key, Manifest], others: Mapping[Key, Manifest]) -> Observed | None:
-    """Return what an operator sees that reads the job from one snapshot and the rest from another."""
-    found = next((value for (kind, _), value in job.items() if kind == "TransferJob"), None)
+def observe(world: World, view_of: Callable[[str], Mapping[Key, Manifest]]) -> Observed | None:
+    """Return what an operator sees that reads each kind of object from a snapshot of its own."""
+    found = next(
+        (value for (kind, _), value in view_of("TransferJob").items() if kind == "TransferJob"), None
+    )
     if found is None:
         return None
     return Observed(
         job=found,
-        jobset=others.get(("JobSet", jobset_name(found))),
-        config_map=others.get(("ConfigMap", config_map_name(found))),
-        pods=tuple(value for (kind, _), value in others.items() if kind == "Pod"),
+        jobset=view_of("JobSet").get(("JobSet", jobset_name(found))),
+        config_map=view_of("ConfigMap").get(("ConfigMap", config_map_name(found))),
+        pods=tuple(value for (kind, _), value in view_of("Pod").items() if kind == "Pod"),
         reports=dict(world.logs),
         now=world.now,
     )
@@ -449,7 +459,7 @@ def operate(world: World, observed: Observed | None, crash_after: int | None = N
     """
     if observed is None:
         return ()
-    actions = tuple(each for each in reconcile(observed, SETTINGS) if not isinstance(each, Requeue))
+    actions = tuple(each for each in reconcile(observed, PATIENT) if not isinstance(each, Requeue))
     for action in actions[:crash_after]:
         try:
             world.carry_out(action, observed.job)
@@ -459,13 +469,14 @@ def operate(world: World, observed: Observed | None, crash_after: int | None = N
 
 
 def operate_fresh(world: World) -> tuple[Action, ...]:
-    return operate(world, observe(world, world.objects, world.objects))
+    return operate(world, observe(world, lambda kind: world.objects))
 
 
 def operate_perturbed(world: World, rng: random.Random) -> None:
     """Reconcile on what may be old, and maybe crash in the middle."""
-    views = [world.objects, world.objects, *rng.choices(world.snapshots or [world.objects], k=2)]
-    observed = observe(world, rng.choice(views), rng.choice(views))
+    old = [snapshot for until, snapshot in world.snapshots if world.now - until < LAG] or [world.objects]
+    views = [world.objects, world.objects, *rng.choices(old, k=2)]
+    observed = observe(world, lambda kind: rng.choice(views))
     operate(world, observed, rng.choice((None, None, 0, 1, 2, 3)))
 
 

@@ -1,7 +1,7 @@
 """Random histories: whatever the operator misses, reads late or leaves half done, a job ends as if it had not.
 
 After Sun et al. 2022, "Automatic Reliability Testing for Cluster Management Controllers" (Sieve): a crash between any
-two actions, stale reads (of the job and of the rest apart, also older than what was seen before), missed events.
+two actions, stale reads (each kind of object apart, also older than what was seen before), missed events.
 """
 
 import dataclasses

@@ -193,6 +193,15 @@ def test_accelerator_hours_add_up_over_restarts():
     assert status_after(second)["earlierAcceleratorHours"] == "2.00"
 
 
+def test_accelerator_hours_grow_with_time_and_not_with_looks():
+    job = transfer_job(accelerators={"count": 1})
+    pods = [running(pod_of(NAME, "train"), START), pod_of(NAME, "train", index=1)]
+    job = with_status(job, act(job, jobset_of(job), pods=pods, seconds=3600))
+    pods[0] = ended(pods[0], WELL, START + timedelta(hours=2), last_report("train", WELL))
+    status = status_after(act(job, jobset_of(job), pods=pods, seconds=5 * 3600))
+    assert (status["acceleratorHours"], status["earlierAcceleratorHours"]) == ("2.00", "0.00")
+
+
 # What keeps pods from starting.
 
 

@@ -13,10 +13,11 @@ class Apply:
     """Server-side apply of an object, by the operator's field manager, with force.
 
     Attributes:
-        manifest: The whole of what the operator owns of the object. With a `metadata.uid` the object must exist:
-            the API answers 409 if it is gone, which only means that the read was stale.
-        create: The object must not exist yet. Then a plain create will do as well, and 409 (AlreadyExists) means
-            that the read was stale: it must not be overwritten, others may have changed it since.
+        manifest: What the operator wants of the object. With `metadata.uid` and `resourceVersion` the object must
+            exist, as it was read: 409 only means that the read was stale.
+        create: The object must not exist yet: a plain create (POST), not an apply, so that a later apply of one
+            field takes nothing else away. 409 (AlreadyExists) means that the read was stale; the object is left as
+            it is, since others may have changed it.
     """
 
     manifest: Manifest

@@ -20,7 +20,8 @@ _MAX_SECONDS: Final = 10**9
 
 def existing(help_text: str, default: str | None = None) -> Schema:
     """Return the schema of the name of an object that others made."""
-    return {**text(help_text, default=default, pattern=_NAME), "minLength": 1}
+    wrong = "This must be the name of an object: lower-case letters, digits, dashes and dots."
+    return {**text(help_text, default=default, pattern=_NAME, otherwise=wrong), "minLength": 1}
 
 
 def quantity(help_text: str, default: str | None = None) -> Schema:
@@ -132,7 +133,12 @@ def _storage_properties() -> dict[str, Schema]:
     }
     cache = {
         "claim": existing("PersistentVolumeClaim of the feature cache."),
-        "uri": text("Folder of the feature cache in a bucket.", length=MAX_URI, pattern="^(gs|s3)://[^/]+"),
+        "uri": text(
+            "Folder of the feature cache in a bucket.",
+            length=MAX_URI,
+            pattern="^(gs|s3)://[^/]+",
+            otherwise="`uri` must be a folder in a bucket (gs:// or s3://). For a folder on a volume use `claim`.",
+        ),
         "budget": {
             **quantity("Most that the cache may take, such as 50Gi; without it, a fifth of the volume."),
             "pattern": _BYTES,
@@ -181,7 +187,8 @@ def cluster_properties() -> dict[str, Schema]:
         "uri": text(
             "Folder in a bucket (gs://, s3://), or path on the volume, that the results are published to.",
             length=MAX_URI,
-            pattern="^((gs|s3)://[^/]+|/)",
+            pattern="^((gs|s3)://[^/]+|/artifacts/)",
+            otherwise="`uri` must be a folder in a bucket, such as gs://bucket/models, or one below /artifacts/.",
         )
     }
     reserved: dict[str, Any] = {name: _reserved(name) for name in ("budget", "search", "promotion")}

@@ -65,7 +65,12 @@ def conclude(view: View, jobset: Manifest, end: End) -> tuple[Action, ...]:
 
 
 def _all_reported(pods: tuple[JobPod, ...]) -> bool:
-    return {pod.role for pod in pods if pod.ended} == {PREPARE, TRAIN, FINISH}
+    return {pod.role for pod in pods if _is_done(pod)} == {PREPARE, TRAIN, FINISH}
+
+
+def _is_done(pod: JobPod) -> bool:
+    """Return whether a pod's last word is that its part is finished; one that was replaced said another."""
+    return pod.ended and pod.report is not None and pod.report.done
 
 
 def _of_failed_job(pods: tuple[JobPod, ...], end: End, jobset: Manifest) -> list[JobPod]:
@@ -89,7 +94,7 @@ def _failure_of(view: View, end: End, cause: JobPod | None) -> Failure:
 
 
 def _succeed(view: View, at: datetime) -> tuple[Action, ...]:
-    finish = [pod for pod in view.pods if pod.role == FINISH and pod.ended]
+    finish = [pod for pod in view.pods if pod.role == FINISH and _is_done(pod)]
     where = finish[-1].report.model_uri if finish and finish[-1].report else ""
     message = f"The model is exported to {where}." if where else "The model is exported to the volume."
     if not finish:

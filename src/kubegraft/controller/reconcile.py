@@ -122,16 +122,11 @@ def _is_in_its_queue(jobset: Manifest, spec: JobSpec) -> bool:
 
 
 def _with_suspend(jobset: Manifest, *, suspend: bool) -> Apply:
-    """Return the JobSet as it was read, let go or held: all but this one field is immutable."""
-    kept = ("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences")
+    """Return the one change that a JobSet takes; what else it has was made by a create, and stays whose it is."""
+    kept = ("name", "namespace", "uid", "resourceVersion")
     metadata = {name: jobset["metadata"][name] for name in kept if name in jobset["metadata"]}
     return Apply(
-        {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "metadata": metadata,
-            "spec": {**jobset["spec"], "suspend": suspend},
-        }
+        {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": {"suspend": suspend}}
     )
 
 

@@ -140,14 +140,17 @@ JOB_RULES: Final[tuple[Rule, ...]] = (
         ".resources.requests",
     ),
     rule(
+        "!has(self.resources) || !has(self.resources.requests) || !has(self.resources.limits) || "
+        "self.resources.requests.all(name, !(name in self.resources.limits) || "
+        "quantity(string(self.resources.requests[name]))"
+        ".compareTo(quantity(string(self.resources.limits[name]))) <= 0)",
+        "`resources.requests` must not be above `resources.limits`, or no pod could be made. Raise the limit.",
+        ".resources.requests",
+    ),
+    rule(
         "!has(self.cache) || !(has(self.cache.claim) && has(self.cache.uri))",
         "`cache` must have a claim or a uri, not both: there is one feature cache. Remove one.",
         ".cache",
-    ),
-    rule(
-        "self.nodes == 1 || !has(self.cache) || !has(self.cache.uri) || !self.cache.uri.startsWith('/')",
-        "`cache.uri` must be in a bucket (gs:// or s3://). For a folder on a volume use cache.claim.",
-        ".cache.uri",
     ),
 )
 

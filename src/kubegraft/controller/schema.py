@@ -39,11 +39,20 @@ _CHOICES: Final[Mapping[str, Sequence[str]]] = {
     "class_weights": CLASS_WEIGHTS,
     "mixed_precision": MIXED_PRECISION,
 }
-_PATTERNS: Final[Mapping[str, str]] = {
-    "augmentation": rf"^({AUTO_NAME}|none|{_TRANSFORM}( *, *{_TRANSFORM})*)$",
-    "backbone": "^[a-z][a-z0-9_]*$",
-    "source": r"\S",
-    "weights_sha256": "^([0-9a-fA-F]{64})?$",
+# Field -> what its text must match, and what is said of text that does not.
+_PATTERNS: Final[Mapping[str, tuple[str, str]]] = {
+    "augmentation": (
+        rf"^({AUTO_NAME}|none|{_TRANSFORM}( *, *{_TRANSFORM})*)$",
+        f"`augmentation` must be 'auto', 'none', or transforms with commas between: {', '.join(TRANSFORMS)}.",
+    ),
+    "backbone": (
+        "^[a-z][a-z0-9_]*$",
+        "`backbone` must be a name that `kubegraft backbones` lists, such as efficientnet_lite0.",
+    ),
+    "weights_sha256": (
+        "^([0-9a-fA-F]{64})?$",
+        "`weights_sha256` must be 64 hex digits, as `sha256sum FILE` prints them.",
+    ),
 }
 _LENGTHS: Final[Mapping[str, int]] = {
     "source": MAX_URI,
@@ -53,10 +62,27 @@ _LENGTHS: Final[Mapping[str, int]] = {
 }
 
 
-def text(help_text: str, *, default: str | None = None, length: int = _MAX_TEXT, pattern: str = "") -> Schema:
-    """Return the schema of bounded text; `default` None makes the field optional without a value."""
+def text(
+    help_text: str,
+    *,
+    default: str | None = None,
+    length: int = _MAX_TEXT,
+    pattern: str = "",
+    otherwise: str = "",
+) -> Schema:
+    """Return the schema of bounded text.
+
+    Args:
+        help_text: What the field means.
+        default: None makes the field optional, without a value.
+        length: Most characters.
+        pattern: Regular expression that the text must match.
+        otherwise: What is said of text that does not, instead of the expression; no quotes in the pattern then.
+    """
     schema: Schema = {"type": "string", "description": help_text, "maxLength": length}
-    if pattern:
+    if pattern and otherwise:
+        schema["x-kubernetes-validations"] = [rule(f"self.matches(r'{pattern}')", otherwise).manifest()]
+    elif pattern:
         schema["pattern"] = pattern
     return _with_default(schema, default)
 
@@ -107,7 +133,8 @@ def _field_schema(field: dataclasses.Field[Any], config: type[StageConfig]) -> S
         help_text,
         default=str(field.default),
         length=_LENGTHS.get(field.name, _MAX_TEXT),
-        pattern=_PATTERNS.get(field.name, ""),
+        pattern=_PATTERNS.get(field.name, ("", ""))[0],
+        otherwise=_PATTERNS.get(field.name, ("", ""))[1],
     )
     if field.name in _CHOICES:
         schema["enum"] = list(_CHOICES[field.name])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any, Final
 
 import tensorflow as tf
@@ -32,7 +36,19 @@ def join(cluster: Cluster) -> Any:
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=tf.distribute.experimental.CommunicationImplementation.AUTO
     )
-    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    with _keeping_stop_handler():
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+
+
+@contextlib.contextmanager
+def _keeping_stop_handler() -> Iterator[None]:
+    """Put back what SIGTERM did before: TensorFlow takes it for a notice that only it would read."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _configure_heartbeat(cluster: Cluster) -> None:

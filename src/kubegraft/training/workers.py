@@ -123,7 +123,7 @@ class Workers:
         results, start = [], 0
         for array in arrays:
             part = np.frombuffer(found, array.dtype, array.size, start)
-            results.append(part.reshape(array.shape))
+            results.append(part.reshape(array.shape).copy())
             start += array.nbytes
         return results
 
