@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "kubegraft needs Python 3.11 or newer; this is $$($(PYTHON) --version). Say PYTHON=python3.12, for example." >&2; exit 1; }
 	@echo "Setting up $(VENV) (a minute or two) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,kfp,s3,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,kfp,s3,operator,dev]'
 	@touch $@
 
 run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name] [CONFIG=file.yaml] [OUTPUT=folder] [ARGS="--flag ..."]
@@ -69,17 +69,19 @@ compile: $(READY)  ## write pipelines/compiled/*.yaml
 	@$(BIN)/python pipelines/compile.py
 
 generate: compile  ## regenerate every generated file
+	@$(BIN)/python -m kubegraft.controller.crd
 
 check-generated: $(READY)  ## fail if a generated file differs from its source
 	@$(BIN)/python pipelines/compile.py --check
+	@$(BIN)/python -m kubegraft.controller.crd --check
 
 requirements: $(READY)  ## write docker/requirements-*.txt from pyproject.toml and constraints.txt
 	@$(BIN)/python docker/requirements.py
 
-images:  ## build the images: make images [TARGETS="cpu gpu"] [REGISTRY=...] [TAG=...] [DOCKER_FLAGS="--network host"]
+images:  ## build the images: make images [TARGETS="cpu gpu operator"] [REGISTRY=...] [TAG=...] [DOCKER_FLAGS="--network host"]
 	@for target in $(TARGETS); do $(DOCKER_IMAGE); \
 	  if $(DOCKER) image inspect "$$image" >/dev/null 2>&1; then echo "$$image is there already"; continue; fi; \
-	  $(DOCKER) build $(DOCKER_FLAGS) --file docker/train.Dockerfile --target "$$target" --build-arg IMAGE_VERSION="$(TAG)" --tag "$$image" . || exit 1; \
+	  $(DOCKER) build $(DOCKER_FLAGS) --file "docker/$$file.Dockerfile" --target "$$target" --build-arg IMAGE_VERSION="$(TAG)" --tag "$$image" . || exit 1; \
 	  echo "$$image"; done
 
 images-push:  ## push what `make images` built; a tag that the registry has is left as it is
@@ -89,7 +91,7 @@ images-push:  ## push what `make images` built; a tag that the registry has is l
 
 # The name of the image of $$target, in a recipe.
 define DOCKER_IMAGE
-case "$$target" in cpu) suffix=;; *) suffix="-$$target";; esac; image="$(REGISTRY)/kubegraft-train$$suffix:$(TAG)"
+case "$$target" in cpu) name=train; file=train;; operator) name=operator; file=operator;; *) name="train-$$target"; file=train;; esac; image="$(REGISTRY)/kubegraft-$$name:$(TAG)"
 endef
 
 clean:  ## remove .venv and caches

@@ -26,17 +26,23 @@ BUILD_TOOLS = ("hatchling", "setuptools", "wheel")
 
 
 def main() -> int:
-    """Write the three files; return the exit code."""
-    for name, wanted in {"build": list(BUILD_TOOLS), "cpu": _wanted(), "gpu": _for_gpu(_wanted())}.items():
+    """Write the four files; return the exit code."""
+    sets = {
+        "build": list(BUILD_TOOLS),
+        "cpu": _wanted(EXTRAS),
+        "gpu": _for_gpu(_wanted(EXTRAS)),
+        "operator": _wanted(("operator",)),
+    }
+    for name, wanted in sets.items():
         path = HERE / f"requirements-{name}.txt"
         path.write_text(_document(name, _hashes(_resolved(wanted, path))), encoding="utf-8")
         print(path.relative_to(ROOT))
     return 0
 
 
-def _wanted() -> list[str]:
+def _wanted(extras: tuple[str, ...]) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *(r for e in EXTRAS for r in project["optional-dependencies"][e])]
+    return [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
 
 
 def _for_gpu(wanted: list[str]) -> list[str]:

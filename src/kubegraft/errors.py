@@ -12,6 +12,7 @@
     |-- StorageError              exit 8   a path or URI could not be read or written      (retryable)
     |-- EnvironmentFault          exit 9   this machine lacks something a stage needs
     |-- ClusterError              exit 10  Kubeflow Pipelines can't be reached, or refuses a call (retryable)
+    |-- PeerLost                  exit 75  another worker died, froze or never came                (retryable)
     `-- Interrupted               exit 143 the process was asked to stop and saved a checkpoint (retryable)
 
 Every message follows one form: what is wrong with which field, the rule, what was received, how to fix it.
@@ -105,6 +106,13 @@ class ClusterError(KubegraftError):
     exit_code = 10
     retryable = True
     status: int = 0
+
+
+class PeerLost(KubegraftError):
+    """Another worker of a distributed training died, froze or never came: all start again."""
+
+    exit_code = 75
+    retryable = True
 
 
 class Interrupted(KubegraftError):

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ _POLL_SECONDS: Final = 0.5
 ORPHANED_EXIT_CODE: Final = 75
 _stop = threading.Event()
 _graceful = threading.Event()
+_last_act: list[Callable[[], None]] = []
 
 
 def catch_stop_signals() -> None:
@@ -35,9 +36,32 @@ def catch_stop_signals() -> None:
         signal.signal(signal.SIGTERM, _handle_stop)
 
 
+def before_stopping(act: Callable[[], None] | None) -> None:
+    """Do this before a SIGTERM ends the process at once; None for nothing."""
+    _last_act[:] = [act] if act else []
+
+
+def watch_for_stop() -> None:
+    """Let SIGTERM do its work also while the main thread waits in native code, where Python handles no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def follow() -> None:
+        while True:
+            if signal.SIGTERM in os.read(reader, 1):
+                _handle_stop()
+
+    threading.Thread(target=follow, daemon=True, name="watch-for-stop").start()
+
+
 def _handle_stop(*_: object) -> None:
     _stop.set()
     if not _graceful.is_set():
+        for act in _last_act:
+            act()
         os._exit(Interrupted.exit_code)  # nothing is lost: what is half-written has not been renamed yet
 
 

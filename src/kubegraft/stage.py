@@ -18,13 +18,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
 from kubegraft import __version__
-from kubegraft.errors import ConfigError, DataError, ModelError
+from kubegraft.errors import ConfigError, DataError, ModelError, StorageError
 from kubegraft.processes import WORK_DIR_VARIABLE, catch_stop_signals, end_with_run
 from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
@@ -122,7 +123,7 @@ def run_stage(
     if not earlier:
         _require_free(output_dir, stage)
     shared = os.environ.get(WORK_DIR_VARIABLE)
-    work_dir = Path(shared) / f"{stage}-{key[:20]}" if shared else _beside(output_dir, "work")
+    work_dir = _work_dir(stage, output_dir, key)
     with _locked(work_dir, stage):
         if (earlier := _published(output_dir, key)) and reusable:  # written while this call waited
             return earlier
@@ -203,6 +204,11 @@ def _require_free(output_dir: Path, stage: str) -> None:
             f"output={str(output_dir)!r}, which holds something else than this {stage} would write. "
             "Choose another directory, or remove this one."
         )
+
+
+def _work_dir(stage: str, output_dir: Path, key: str) -> Path:
+    shared = os.environ.get(WORK_DIR_VARIABLE)
+    return Path(shared) / f"{stage}-{key[:20]}" if shared else _beside(output_dir, "work")
 
 
 def _beside(output_dir: Path, purpose: str) -> Path:
@@ -287,6 +293,36 @@ def _link_or_copy(source: str, target: str) -> str:
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
     return target
+
+
+def work_directory(
+    stage: str, output_dir: str | os.PathLike[str], *, inputs: Mapping[str, str], config: Any
+) -> Workspace:
+    """Return where the body of a stage works that `run_stage` runs in another process, with the same arguments.
+
+    For workers that take part in a stage whose directories another one makes, locks and publishes; they don't write
+    to `staging`.
+    """
+    work_dir = _work_dir(stage, Path(output_dir).resolve(), _key(stage, inputs, config))
+    return Workspace(staging=work_dir / "staging", scratch=work_dir / "scratch")
+
+
+def await_file(path: Path, seconds: float = 60.0) -> None:
+    """Return when a file is there that another machine has written; a shared volume shows it after a while.
+
+    Raises:
+        StorageError: If it does not appear.
+    """
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"`directory` must be a volume that all workers share. Received: {str(path)!r} is not there "
+                f"{seconds:g} s after another worker wrote it. Mount the same claim in all pods."
+            )
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # noqa: PTH208 - makes a network file system look again
+        time.sleep(0.2)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

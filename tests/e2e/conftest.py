@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.e2e.kube import NAMESPACE, Cluster, Refused, archive, restricted_pod, run, secret, until
+from tests.e2e.operator_installation import Jobs, Operator, build_standin, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "photographs"
@@ -65,6 +66,47 @@ def image(request) -> str:
 
 
 @pytest.fixture(scope="session")
+def operator_image(request) -> str:
+    """Return the operator's image, built from this checkout and loaded into the cluster."""
+    if named := os.environ.get("KUBEGRAFT_E2E_OPERATOR_IMAGE"):
+        return named
+    flags = os.environ.get("DOCKER_FLAGS", "--network host")
+    make = ["make", "--directory", str(ROOT), "--no-print-directory", "images", f"PYTHON={sys.executable}"]
+    said = run([*make, "TARGETS=operator", f"DOCKER_FLAGS={flags}"], seconds=900)
+    return load(request.getfixturevalue("kind_cluster"), said.splitlines()[-1].split()[0])
+
+
+@pytest.fixture(scope="session")
+def operator(cluster, operator_image) -> Operator:
+    """Return the operator, installed for all namespaces; skip where there is no JobSet for it to make."""
+    try:
+        cluster.kubectl("get", "crd", "jobsets.jobset.x-k8s.io")
+    except Refused:
+        pytest.skip(
+            "The operator's tests need JobSet: https://jobset.sigs.k8s.io; on the testbed, `install-jobset`."
+        )
+    operator = Operator()
+    train = os.environ.get("KUBEGRAFT_E2E_IMAGE") or "kubegraft-train:none"
+    objects = installed({"operator": operator_image, "train": train})
+    operator.remove(objects)
+    operator.apply(objects)
+    yield operator
+    operator.remove(objects)
+
+
+@pytest.fixture(scope="session")
+def standin_image(kind_cluster) -> str:
+    """Return an image whose pods say what pods of a job say, and train nothing."""
+    return build_standin(lambda image: load(kind_cluster, image))
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster, operator, standin_image) -> Jobs:
+    """Return what makes TransferJobs and looks at them."""
+    return Jobs(cluster, standin_image)
+
+
+@pytest.fixture(scope="session")
 def servers_image(kind_cluster, tmp_path_factory) -> str:
     """Return an image with object stores, tagged by what goes into it."""
     context = tmp_path_factory.mktemp("servers")
@@ -110,6 +152,8 @@ def open_volume(cluster: Cluster) -> None:
     path = cluster.get("persistentvolume", str(name))["spec"].get("hostPath", {}).get("path")
     if path:
         for node in cluster.get("nodes")["items"]:
+            if "kwok.x-k8s.io/node" in node["metadata"].get("labels", {}):
+                continue  # a pretended one, of tests of scale
             run(["docker", "exec", node["metadata"]["name"], "install", "-d", "-m", "0777", path])
 
 

@@ -18,8 +18,9 @@ from pipelines._placement import USER
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
-DOCKERFILE = (DOCKER / "train.Dockerfile").read_text(encoding="utf-8")
-REQUIREMENTS = ("build", "cpu", "gpu")
+DOCKERFILES = ("docker/train.Dockerfile", "docker/operator.Dockerfile")
+DOCKERFILE = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCKERFILES)
+REQUIREMENTS = ("build", "cpu", "gpu", "operator")
 
 
 def script(name: str):
@@ -78,6 +79,15 @@ def test_images_contain_all_that_the_extras_ask_for(name, tensorflow):
     assert names <= pins(DOCKER / f"requirements-{name}.txt").keys(), "run `make requirements`"
 
 
+def test_the_operator_s_image_contains_its_extra_and_neither_tensorflow_nor_kfp():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["operator"]]
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}
+    found = pins(DOCKER / "requirements-operator.txt").keys()
+    assert names <= found, "run `make requirements`"
+    assert not {"tensorflow-cpu", "tensorflow", "kfp", "kubernetes"} & found
+
+
 def test_the_gpu_image_has_cuda_and_otherwise_the_cpu_image_s_packages():
     cpu, gpu = (pins(DOCKER / f"requirements-{name}.txt") for name in ("cpu", "gpu"))
     assert cpu.keys() - gpu.keys() == {"tensorflow-cpu"}
@@ -88,22 +98,22 @@ def test_the_gpu_image_has_cuda_and_otherwise_the_cpu_image_s_packages():
 
 
 def copied() -> list[str]:
-    """Return what the Dockerfile copies from the checkout."""
+    """Return what the Dockerfiles copy from the checkout."""
     lines = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
     return [source for line in lines for source in line.split()]
 
 
-def test_the_tag_hashes_what_the_dockerfile_copies_and_the_dockerfile():
+def test_the_tag_hashes_what_the_dockerfiles_copy_and_the_dockerfiles():
     tag = script("tag")
     hashed = {path.relative_to(ROOT).as_posix() for path in tag.inputs(ROOT)}
-    assert "docker/train.Dockerfile" in hashed
+    assert set(DOCKERFILES) <= hashed
     for source in copied():
         path = ROOT / source
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         names = {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
         assert names
         assert names <= hashed, source
-    for name in hashed - {"docker/train.Dockerfile"}:
+    for name in hashed - set(DOCKERFILES):
         assert any(name == source or name.startswith(source + "/") for source in copied()), name
 
 
@@ -144,8 +154,10 @@ def test_the_tag_begins_with_the_version(arguments, shape):
 
 def test_the_dockerfile_is_plain_and_ends_as_a_numeric_user():
     assert not re.search(r"RUN --mount|<<", DOCKERFILE.replace("heredocs, no RUN --mount", ""))
-    final = [stage for stage in DOCKERFILE.split("\nFROM ") if re.match(r"\S+ AS (cpu|gpu)\n", stage)]
-    assert len(final) == 2
+    final = [
+        stage for stage in DOCKERFILE.split("\nFROM ") if re.match(r"\S+ AS (cpu|gpu|operator)\n", stage)
+    ]
+    assert len(final) == 3
     for stage in final:
         assert f"USER {USER}:{USER}" in stage
         assert "HOME=/tmp" in stage
@@ -154,7 +166,7 @@ def test_the_dockerfile_is_plain_and_ends_as_a_numeric_user():
 
 def test_nothing_is_installed_into_an_image_unchecked():
     commands = [line for line in DOCKERFILE.splitlines() if re.search(r" (install|wheel) -", line)]
-    assert len(commands) == 9
+    assert len(commands) == 14
     for line in commands:
         assert "--require-hashes" in line or "--no-index" in line
 

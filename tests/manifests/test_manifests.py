@@ -304,8 +304,9 @@ def test_checkov_finds_nothing_that_a_file_does_not_argue(build_yaml, checkov, t
     assert summary["passed"] > 100
 
 
-def test_checkov_accepts_the_dockerfile(checkov):
-    run_checkov(checkov, "dockerfile", "--file", MANIFESTS.parent / "docker/train.Dockerfile")
+@named("name", ["train", "operator"])
+def test_checkov_accepts_the_dockerfiles(name, checkov):
+    run_checkov(checkov, "dockerfile", "--file", MANIFESTS.parent / f"docker/{name}.Dockerfile")
 
 
 def run_checkov(program, framework, *arguments):

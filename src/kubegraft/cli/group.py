@@ -25,6 +25,9 @@ _EXTRAS: Final = {
     "kfp_server_api": "kfp",
     "kubernetes": "kfp",
     "boto3": "s3",
+    "kopf": "operator",
+    "aiohttp": "operator",
+    "prometheus_client": "operator",
 }
 
 
@@ -52,7 +55,9 @@ COMMANDS: Final = {
     "submit": Entry("On a cluster", "kubeflow", "submit", "Run the pipeline on Kubeflow, and watch it."),
     "schedule": Entry("On a cluster", "kubeflow", "schedule", "Run it on Kubeflow again and again."),
     "render": Entry("On a cluster", "render", "render", "Write manifests for a cluster without Kubeflow."),
+    "job": Entry("On a cluster", "job", "job", "Run one part of a TransferJob, as its pods do."),
     "fetch": Entry("On a cluster", "fetch", "fetch", "Copy a published folder to this machine."),
+    "operator": Entry("On a cluster", "operator", "operator", "Turn TransferJobs into trainings."),
     "bundle": Entry("On a cluster", "bundle", "bundle", "Carry everything to a site without internet."),
     "backbones": Entry("To find your way", "catalogue", "backbones", "List the pretrained backbones."),
     "sample-data": Entry(

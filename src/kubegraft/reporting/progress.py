@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
@@ -15,6 +16,9 @@ _LINE_SECONDS: Final = 10.0
 _BAR_SECONDS: Final = 0.1
 _BAR_WIDTH: Final = 24
 _MEASURE_SECONDS: Final = 1.0
+
+# Called with a stage's or phase's name, how much is done and the total, as often as there is news; must be quick.
+observers: Final[list[Callable[[str, int, int], None]]] = []
 
 
 class Progress:
@@ -49,17 +53,23 @@ class Progress:
         """Count what an interrupted call did before; it is no part of the rate."""
         self.done += num_done
         self._done_before += num_done
+        self._tell()
 
     def update(self, num_done: int = 1, **shown: object) -> None:
         """Count `num_done` more; `shown` are details beside the count, for example `loss=0.31`."""
         self.done += num_done
         self._shown.update(shown)
+        self._tell()
         now = time.monotonic()
         if now - self._last >= self._interval_seconds:
             self._last = now
             self._show(now)
         if now - self._measured >= _MEASURE_SECONDS:
             self._measure(now)
+
+    def _tell(self) -> None:
+        for observe in observers:
+            observe(self.stage, self.done, self.total)
 
     def _measure(self, now: float) -> None:
         self._measured = now

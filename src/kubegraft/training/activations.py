@@ -56,9 +56,9 @@ class ActivationSource:
 
         return tf.data.Dataset.from_tensor_slices(wanted).map(load).prefetch(2)
 
-    def batch(self, batches: EpochBatches, step: int) -> Any:
+    def batch(self, batches: EpochBatches, step: int, columns: slice = slice(None)) -> Any:
         """Return the activations of one batch, `[batch_size, boundary.row_length]`; see `steps.RowSource`."""
-        return self._as_computed(tf.constant(self.rows.take(self._wanted(batches)[step], axis=0)))
+        return self._as_computed(tf.constant(self.rows.take(self._wanted(batches)[step, columns], axis=0)))
 
     def _wanted(self, batches: EpochBatches) -> np.ndarray:
         """Return the numbers of the rows of an epoch's batches, `int[num_steps, batch_size]`."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from kubegraft.errors import TrainingError
+from kubegraft.training.workers import Workers
 
 _POSITION: Final = "position.json"
 
@@ -31,6 +32,18 @@ def save_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], position: Mapp
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def load_for_all(path: Path, workers: Workers) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Return what `load_checkpoint` gives the chief, on every worker.
+
+    It travels from the chief: a file that one machine has replaced may be the old one on another for a while.
+    """
+    found = load_checkpoint(path) if workers.is_chief else None
+    position = workers.share(found[1] if found else None)
+    if position is None:
+        return None
+    return workers.spread(found[0] if found else None), position
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

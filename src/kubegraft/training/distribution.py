@@ -9,10 +9,16 @@ from typing import Any, Final
 import tensorflow as tf
 
 from kubegraft.errors import ConfigError
+from kubegraft.training.cluster import join
+from kubegraft.training.cluster_spec import Cluster, find_cluster
+from kubegraft.training.watchdog import WATCHDOG
+from kubegraft.training.workers import ALONE, Workers
 
 XLA_VARIABLE: Final = "KUBEGRAFT_XLA"
 # NVIDIA compute capability from which bfloat16 runs on the tensor cores (Ampere).
 _BFLOAT16_CAPABILITY = (8, 0)
+# TensorFlow can join a cluster once in the life of a process.
+_joined: list[tuple[Any, Workers]] = []
 
 
 def make_strategy(devices: Sequence[str] | None = None) -> Any:
@@ -20,17 +26,46 @@ def make_strategy(devices: Sequence[str] | None = None) -> Any:
 
     Args:
         devices: TensorFlow device names such as `["GPU:0", "GPU:1"]`; None takes every visible GPU, or the
-            CPU where there is none.
+            CPU where there is none, and together with other workers where `TF_CONFIG` names some.
 
     Returns:
-        `MirroredStrategy` for GPUs or several devices, `OneDeviceStrategy` for one CPU.
+        `MultiWorkerMirroredStrategy` for several workers, `MirroredStrategy` for GPUs or several devices,
+        `OneDeviceStrategy` for one CPU.
+
+    Raises:
+        ConfigError: If `TF_CONFIG` makes no sense.
+        PeerLost: If another worker is lost at once; one that never comes ends this process with the same code.
     """
+    if not devices and (cluster := find_cluster()):
+        return _joined_strategy(cluster)
     names = list(devices) if devices else [gpu.name for gpu in tf.config.list_logical_devices("GPU")]
     if not names:
         return tf.distribute.OneDeviceStrategy("CPU:0")
     if len(names) == 1 and "CPU" in names[0].upper():
         return tf.distribute.OneDeviceStrategy(names[0])
     return tf.distribute.MirroredStrategy(names)
+
+
+def _joined_strategy(cluster: Cluster) -> Any:
+    if not _joined:
+        strategy, workers = join(cluster), Workers(cluster)
+        # A worker must not ask the others whether they have a next batch, too: all batches are full, all epochs equal.
+        strategy.extended.experimental_enable_get_next_as_optional = False
+        workers.barrier()
+        WATCHDOG.disarm()
+        _joined.append((strategy, workers))
+    return _joined[0][0]
+
+
+def workers_of(strategy: Any) -> Workers:
+    """Return the processes that train by a strategy: this one alone, unless it joined others."""
+    return next((workers for joined, workers in _joined if joined is strategy), ALONE)
+
+
+def num_local_replicas(strategy: Any) -> int:
+    """Return how many of a strategy's replicas are in this process."""
+    num_replicas: int = strategy.num_replicas_in_sync // workers_of(strategy).num_workers
+    return num_replicas
 
 
 def has_gpu() -> bool:

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
-import time
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import tensorflow as tf
 
-from kubegraft.errors import EnvironmentFault, Interrupted
+from kubegraft.errors import Interrupted
 from kubegraft.modeling.engines import Forward, FrozenForward, choose_engine
 from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
-from kubegraft.stage import write_atomically
+from kubegraft.stage import await_file
 from kubegraft.training.batches import EpochBatches, epoch_batches
+from kubegraft.training.distribution import num_local_replicas, workers_of
+from kubegraft.training.row_file import RowFile, is_whole, read_rows
 from kubegraft.training.sources import Source
+from kubegraft.training.workers import Workers
 
 # Images that a replica computes together. Always as many: TensorFlow's last bits depend on the shape of a
 # batch, but not on what else is in it, so that a row is the same whenever and with whatever it is computed.
 BATCH_SIZE: Final = 32
-_SAVE_SECONDS: Final = 5.0
 # Real images to prove an engine with, and to time it.
 _NUM_SAMPLES: Final = 8
-_READ_BYTES: Final = 16 * 2**20
 
 
 class KnownRows(Protocol):
@@ -60,8 +61,9 @@ def frozen_forward(
     Returns:
         An engine for a CPU; `forward` itself for GPUs or several replicas, where TensorFlow computes it.
     """
-    if strategy.num_replicas_in_sync > 1 or tf.config.list_logical_devices("GPU"):
-        log_event("engine", "tensorflow", reason=f"{strategy.num_replicas_in_sync} GPU or other replicas")
+    num_replicas, workers = num_local_replicas(strategy), workers_of(strategy)
+    if num_replicas > 1 or tf.config.list_logical_devices("GPU"):
+        log_event("engine", "tensorflow", reason=f"{num_replicas} GPU or other replicas")
         return forward
 
     def samples() -> np.ndarray:
@@ -70,7 +72,11 @@ def frozen_forward(
         images: np.ndarray = next(iter(source.inputs(batches, slice(0, 1), slice(None), count))).numpy()
         return images
 
-    return choose_engine(forward, samples, input_size, identity=identity)
+    found = choose_engine(forward, samples, input_size, identity=identity)
+    chosen = workers.share(found.name)  # a matter of timing; rows that train together come from one engine
+    if found.name == chosen:
+        return found
+    return choose_engine(forward, samples, input_size, identity=identity, engine=chosen)
 
 
 def extract_rows(
@@ -88,14 +94,15 @@ def extract_rows(
 
     Inputs are read, decoded and resized while earlier ones are computed. What an interrupted call had computed is
     kept and gone on from, by the same engine; another one starts anew. Memory does not grow with the number of
-    examples.
+    examples. Several workers compute a share each, and all read the file that the chief puts together.
 
     Args:
         strategy: A `tf.distribute` strategy; what is no engine runs on its replicas.
         forward: What `frozen_forward` returned, or a function of inputs `float32[batch, ...]`.
         source: Inputs, in order.
         row_length: Numbers in a row.
-        path: Name of a `.npy` file, to which an engine's digest is added; which rows are done is kept beside it.
+        path: Name of a `.npy` file, to which an engine's digest is added; which rows are done is kept beside it. All
+            workers see it.
         dtype: `float32`, `float16` or `bfloat16` (whose bits are kept as uint16, since numpy lacks it).
         phase: What progress and messages call it.
         known: Rows that need not be computed, and where those that are go.
@@ -106,110 +113,128 @@ def extract_rows(
     Raises:
         EnvironmentFault: If the disk has no room for them.
         Interrupted: If the process was asked to stop; what was computed is kept.
+        PeerLost: If another worker can't be reached any more.
     """
-    engine: Any = forward if hasattr(forward, "digest") else None
-    if engine:
-        path = path.with_name(f"{path.stem}-{engine.digest[:16]}.npy")
-    file = _RowFile(path, (len(source.labels), row_length), dtype)
-    with stopping_gracefully(), Progress(phase, total=file.num_rows, unit="images") as progress:
-        progress.resume(int(file.done.sum()))
-        progress.update(0, file=path.stem)
-        if not file.done.all():
-            wanted, repeated, origin = (
-                known.first_of_each() if known else (np.arange(file.num_rows), np.arange(0), np.arange(0))
-            )
-            if known:
-                _take_known(known, wanted[~file.done[wanted]], file, progress, phase)
-            missing = wanted[~file.done[wanted]]
-            batch_size = engine.batch_size if engine else BATCH_SIZE * strategy.num_replicas_in_sync
-            computed = (_by_engine if engine else _on_replicas)(
-                strategy, forward, source, _full_batches(missing, batch_size), dtype
-            )
-            keeping = known.keeping(len(missing)) if known else contextlib.nullcontext(None)
-            with keeping as keep, contextlib.closing(computed):
-                for step, rows in enumerate(computed):
-                    part = missing[step * batch_size : (step + 1) * batch_size]
-                    file.put(part, rows[: len(part)])
-                    if keep:
-                        keep(part, file.rows[part])
-                    progress.update(len(part))
-                    _go_on(file, phase)
-            for start in range(0, len(repeated), file.rows_at_once):
-                part = slice(start, start + file.rows_at_once)
-                file.put(repeated[part], file.rows[origin[part]])
-            file.save()
-    return file.finished()
+    workers = workers_of(strategy)
+    digest = workers.share(getattr(forward, "digest", ""))
+    if digest:
+        path = path.with_name(f"{path.stem}-{digest[:16]}.npy")
+    shape = (len(source.labels), row_length)
+    if not workers.share(is_whole(path, shape[0])):
+        frozen_pass = _Pass(strategy, forward, source, dtype, phase, known)
+        fill = _fill_alone if workers.alone else functools.partial(_fill_together, workers=workers)
+        fill(frozen_pass, path, shape)
+    await_file(path)
+    return read_rows(path)
 
 
-def stored_dtype(dtype: str) -> Any:
-    """Return the numpy dtype in which rows of a Keras dtype are kept."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+def _fill_alone(frozen_pass: _Pass, path: Path, shape: tuple[int, int]) -> None:
+    file = RowFile(path, shape, frozen_pass.dtype)
+    wanted, repeated, origin = frozen_pass.first_of_each()
+    frozen_pass.fill(file, wanted, wanted)
+    file.repeat(repeated, origin)
+    file.save()
 
 
-class _RowFile:
-    """Rows in a mapped file, and in a file beside it which of them are done, a bit each."""
-
-    def __init__(self, path: Path, shape: tuple[int, int], dtype: str) -> None:
-        self._path, self._done_path = path, path.with_suffix(".done")
-        self.num_rows, row_length = shape
-        self._saved = time.monotonic()
-        size = -(-self.num_rows // 8)
-        bits = self._done_path.read_bytes() if self._done_path.exists() and path.exists() else b""
-        if len(bits) != size:
-            _reserve(path, shape, stored_dtype(dtype))
-            bits = bytes(size)
-        self.done = np.unpackbits(np.frombuffer(bits, np.uint8), count=self.num_rows).astype(bool)
-        self.rows: Any = np.load(path, mmap_mode="r+")
-        self.rows_at_once = max(_READ_BYTES // (row_length * self.rows.dtype.itemsize), 1)
-
-    def put(self, numbers: np.ndarray, rows: np.ndarray) -> None:
-        self.rows[numbers] = rows.view(self.rows.dtype)
-        self.done[numbers] = True
-
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() - self._saved > _SAVE_SECONDS or bool(self.done.all())
-
-    def save(self) -> None:
-        """Make sure the rows are on disk before the bits that say so are."""
-        self.rows.flush()
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-        write_atomically(self._done_path, np.packbits(self.done).tobytes())
-        self._saved = time.monotonic()
-
-    def finished(self) -> np.ndarray:
-        rows: np.ndarray = np.load(self._path, mmap_mode="r")
-        return rows
+def _fill_together(frozen_pass: _Pass, path: Path, shape: tuple[int, int], workers: Workers) -> None:
+    """Compute this worker's share into a file of its own; the chief puts all shares into one."""
+    wanted, repeated, origin = frozen_pass.first_of_each()
+    shares = np.array_split(wanted, workers.num_workers)
+    parts = [path.with_name(f"{path.stem}.{n}-of-{len(shares)}.npy") for n in range(len(shares))]
+    own = shares[workers.index]
+    if len(own):
+        file = RowFile(parts[workers.index], (len(own), shape[1]), frozen_pass.dtype)
+        frozen_pass.fill(file, np.arange(len(own)), own)
+        file.save()
+    workers.barrier()
+    if workers.is_chief:
+        whole = RowFile(path, shape, frozen_pass.dtype)
+        for share, part in zip(shares, parts, strict=True):
+            _copy_share(whole, share, part)
+        whole.repeat(repeated, origin)
+        whole.save()
+        for part in parts:
+            part.unlink(missing_ok=True)
+            part.with_suffix(".done").unlink(missing_ok=True)
+    workers.barrier()
 
 
-def _reserve(path: Path, shape: tuple[int, int], dtype: Any) -> None:
-    """Make the file, with its space on disk: writing to a mapped hole on a full disk would end the process."""
-    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-    size = path.stat().st_size
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        path.unlink()
-        raise EnvironmentFault(
-            f"`{path.name}` needs {size:,} bytes of disk. Received: {error.strerror} at {str(path.parent)!r}. "
-            "Make room, or put the work directory elsewhere."
-        ) from error
+def _copy_share(whole: RowFile, share: np.ndarray, part: Path) -> None:
+    if not len(share):
+        return
+    await_file(part)
+    rows = read_rows(part)
+    for start in range(0, len(share), whole.rows_at_once):
+        chosen = slice(start, start + whole.rows_at_once)
+        whole.put(share[chosen], rows[chosen])
 
 
-def _take_known(known: KnownRows, wanted: np.ndarray, file: _RowFile, progress: Progress, phase: str) -> None:
-    """Fill in the rows that are known."""
-    for start in range(0, len(wanted), file.rows_at_once):
-        part = wanted[start : start + file.rows_at_once]
-        rows, found = known.read(part)
-        if found.any():
-            file.put(part[found], rows[found])
-            progress.update(int(found.sum()))
-            _go_on(file, phase)
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What is computed from what; see `extract_rows`."""
+
+    strategy: Any
+    forward: Any
+    source: Source
+    dtype: str
+    phase: str
+    known: KnownRows | None
+
+    def first_of_each(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return which examples to compute, and which others repeat which of them."""
+        if self.known:
+            return self.known.first_of_each()
+        return np.arange(len(self.source.labels)), np.arange(0), np.arange(0)
+
+    def fill(self, file: RowFile, places: np.ndarray, numbers: np.ndarray) -> None:
+        """Write the rows of examples that the file lacks, known or computed.
+
+        Args:
+            file: Where to.
+            places: Rows of the file.
+            numbers: Numbers of the examples that belong there.
+        """
+        with stopping_gracefully(), Progress(self.phase, total=file.num_rows, unit="images") as progress:
+            progress.resume(int(file.done.sum()))
+            progress.update(0, file=file.name)
+            if self.known:
+                self._take_known(self.known, file, places, numbers, progress)
+            missing = ~file.done[places]
+            self._compute(file, places[missing], numbers[missing], progress)
+
+    def _compute(self, file: RowFile, places: np.ndarray, numbers: np.ndarray, progress: Progress) -> None:
+        engine = self.forward if hasattr(self.forward, "digest") else None
+        batch_size = engine.batch_size if engine else BATCH_SIZE * num_local_replicas(self.strategy)
+        computed = (_by_engine if engine else _on_replicas)(
+            self.strategy, self.forward, self.source, _full_batches(numbers, batch_size), self.dtype
+        )
+        keeping = self.known.keeping(len(numbers)) if self.known else contextlib.nullcontext(None)
+        with keeping as keep, contextlib.closing(computed):
+            for step, rows in enumerate(computed):
+                part = slice(step * batch_size, (step + 1) * batch_size)
+                here = places[part]
+                file.put(here, rows[: len(here)])
+                if keep:
+                    keep(numbers[part], file.rows[here])
+                progress.update(len(here))
+                _go_on(file, self.phase)
+
+    def _take_known(
+        self, known: KnownRows, file: RowFile, places: np.ndarray, numbers: np.ndarray, progress: Progress
+    ) -> None:
+        """Fill in the rows that are known."""
+        missing = ~file.done[places]
+        places, numbers = places[missing], numbers[missing]
+        for start in range(0, len(places), file.rows_at_once):
+            part = slice(start, start + file.rows_at_once)
+            rows, found = known.read(numbers[part])
+            if found.any():
+                file.put(places[part][found], rows[found])
+                progress.update(int(found.sum()))
+                _go_on(file, self.phase)
 
 
-def _go_on(file: _RowFile, phase: str) -> None:
+def _go_on(file: RowFile, phase: str) -> None:
     """Save what is due; save and raise Interrupted if the process was asked to stop."""
     stopping = stop_requested()
     if stopping or file.is_due:
@@ -272,7 +297,7 @@ def _on_replicas(
     if not batches.num_steps:
         return
     compute = _compiled(strategy, forward, dtype)
-    per_replica = batches.index.shape[1] // strategy.num_replicas_in_sync
+    per_replica = batches.index.shape[1] // num_local_replicas(strategy)
     for batch in strategy.distribute_datasets_from_function(
         lambda _: source.inputs(batches, slice(None), slice(None), per_replica)
     ):

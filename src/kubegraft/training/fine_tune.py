@@ -28,23 +28,29 @@ from kubegraft.modeling.freezing import rate_multipliers, unfreeze_last_blocks
 from kubegraft.modeling.splitting import boundary_of
 from kubegraft.recipes import Choice, fine_tune_wish, resolve_fine_tune
 from kubegraft.reporting.events import log_event
-from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage, write_atomically
+from kubegraft.stage import Outcome, StageResult, Workspace, read_result, write_atomically
 from kubegraft.training.block_trials import Trial, reason_of, try_depths
-from kubegraft.training.distribution import divisible_batch_size, has_gpu, make_strategy, precision_policy
+from kubegraft.training.distribution import (
+    divisible_batch_size,
+    has_gpu,
+    make_strategy,
+    precision_policy,
+    workers_of,
+)
 from kubegraft.training.frozen_pass import PassCounts, work_of
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import (
     HEAD_HISTORY_FILE,
     HISTORY_FILE,
-    digest_of_variables,
     require_images,
-    require_unmoved,
     write_model,
 )
 from kubegraft.training.plans import loop_config, transforms_of
+from kubegraft.training.shared_stage import run_shared_stage
 from kubegraft.training.sources import ImageSource, Source
 from kubegraft.training.suffix_data import SuffixData
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnSuffix
+from kubegraft.training.variables import digest_of_variables, require_unmoved
 
 # A head that is solved for leaves gradients of little more than noise, which Adam would blow up to whole steps: the
 # first epoch then unlearns what the head knew. This lets a weight move by its rate only if its gradient is well above.
@@ -88,7 +94,7 @@ def fine_tune(
     def body(workspace: Workspace) -> Outcome:
         return _FineTuning(dataset_dir, Path(model_dir), manifest, config, workspace).run()
 
-    return run_stage("fine_tune", output_dir, inputs=inputs, config=config, body=body)
+    return run_shared_stage("fine_tune", output_dir, inputs=inputs, config=config, body=body)
 
 
 class _FineTuning:
@@ -106,6 +112,7 @@ class _FineTuning:
         self.dataset_dir, self.model_dir = dataset_dir, model_dir
         self.manifest, self.workspace = manifest, workspace
         self.strategy = make_strategy()
+        self.workers = workers_of(self.strategy)
         with self.strategy.scope():
             loaded = load_classifier(model_dir, policy=precision_policy(config.mixed_precision))
         self.model, self.metadata = loaded.model, loaded.metadata
@@ -159,7 +166,8 @@ class _FineTuning:
         if kept == "head":
             log_event("fine_tune", "kept the model that came in", reason="no epoch beat it on validation")
         outcome = self._write(best, trials, kept)
-        shutil.copyfile(self.model_dir / HISTORY_FILE, self.workspace.staging / HEAD_HISTORY_FILE)
+        if self.workers.is_chief:
+            shutil.copyfile(self.model_dir / HISTORY_FILE, self.workspace.staging / HEAD_HISTORY_FILE)
         return outcome
 
     def _rechoose(self, name: str, value: Any, reason: str) -> None:
@@ -172,6 +180,11 @@ class _FineTuning:
         )
 
     def _plan(self) -> ActivationPlan:
+        """Return the chief's plan, which depends on its memory and disk."""
+        kept = self.workers.share(dataclasses.asdict(self._own_plan()) if self.workers.is_chief else None)
+        return ActivationPlan(**{**kept, "trials": tuple(kept["trials"])})
+
+    def _own_plan(self) -> ActivationPlan:
         """Return the plan; an interrupted call's own is kept to, whatever is free now that its files are there."""
         path = self.workspace.scratch / "plan.json"
         if path.exists():
@@ -276,7 +289,8 @@ class _FineTuning:
             phase="fine_tune",
             choices=self.choices,
             facts=facts,
-            work=work_of("fine_tune", self.counts, self.readers.values()),
+            work=work_of("fine_tune", self.counts, self.readers.values(), self.workers),
+            workers=self.workers,
         )
 
 

@@ -28,6 +28,7 @@ from kubegraft.stage import WORK_METRICS
 from kubegraft.training.distribution import has_gpu
 from kubegraft.training.features import extract_rows, frozen_forward
 from kubegraft.training.sources import ImageSource
+from kubegraft.training.workers import ALONE, Workers
 
 # Decoding, resizing and the views of images. Whoever changes a pixel that comes out of them changes the number.
 PREPROCESSING: Final = "rgb-bilinear-antialias-1"
@@ -46,16 +47,20 @@ class PassCounts:
     num_computed: int = 0
 
 
-def work_of(stage: str, counts: PassCounts, readers: Iterable[SplitReader]) -> dict[str, float]:
-    """Return, and log, how much of the frozen part's work this call did itself.
+def work_of(
+    stage: str, counts: PassCounts, readers: Iterable[SplitReader], workers: Workers = ALONE
+) -> dict[str, float]:
+    """Return, and log, how much of the frozen part's work this call did itself, with all its workers.
 
     Args:
         stage: Name of the stage.
         counts: Of its frozen passes.
         readers: All that read images for it.
+        workers: Those who share the work.
     """
     num_decoded = sum(reader.num_read for reader in readers)
-    work = dict(zip(WORK_METRICS, (num_decoded, counts.num_found, counts.num_computed), strict=True))
+    own = np.array([num_decoded, counts.num_found, counts.num_computed], np.int64)
+    work = dict(zip(WORK_METRICS, map(int, workers.sums(own)), strict=True))
     log_event(stage, "frozen passes", **work)
     return {name: float(value) for name, value in work.items()}
 

@@ -20,23 +20,25 @@ from kubegraft.modeling.freezing import freeze_backbone
 from kubegraft.modeling.weights import check_weights
 from kubegraft.recipes import Choice, resolve_head
 from kubegraft.reporting.events import log_event
-from kubegraft.stage import Outcome, StageResult, Workspace, read_result, run_stage
+from kubegraft.stage import Outcome, StageResult, Workspace, read_result
 from kubegraft.storage import public_uri
-from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
+from kubegraft.training.distribution import (
+    divisible_batch_size,
+    make_strategy,
+    precision_policy,
+    workers_of,
+)
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts, work_of
 from kubegraft.training.head_search import SearchData, search_head
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
-from kubegraft.training.loop import History, train
-from kubegraft.training.outputs import (
-    digest_of_variables,
-    require_images,
-    require_unmoved,
-    write_model,
-)
+from kubegraft.training.loop import History, LoopConfig, train
+from kubegraft.training.outputs import require_images, write_model
 from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
+from kubegraft.training.shared_stage import run_shared_stage
 from kubegraft.training.sources import FeatureSource, ImageSource
 from kubegraft.training.standardisation import feature_moments
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnFeatures
+from kubegraft.training.variables import digest_of_variables, require_unmoved
 
 _WARMUP_FRACTION: Final = 0.05
 
@@ -74,7 +76,7 @@ def train_head(
     def body(workspace: Workspace) -> Outcome:
         return _HeadTraining(dataset_dir, manifest, backbone, config, workspace, weights_digest).run()
 
-    return run_stage("train_head", output_dir, inputs=inputs, config=config, body=body)
+    return run_shared_stage("train_head", output_dir, inputs=inputs, config=config, body=body)
 
 
 class _HeadTraining:
@@ -98,6 +100,7 @@ class _HeadTraining:
             workspace,
         )
         self.strategy = make_strategy()
+        self.workers = workers_of(self.strategy)
         self.cache, self.counts = FeatureCache.open(), PassCounts()
         self.readers: dict[str, SplitReader] = {}
         self.frozen_pass: FrozenPass | None = None
@@ -148,7 +151,8 @@ class _HeadTraining:
             phase="train_head",
             choices=self.choices,
             facts=facts,
-            work=work_of("train_head", self.counts, self.readers.values()),
+            work=work_of("train_head", self.counts, self.readers.values(), self.workers),
+            workers=self.workers,
         )
 
     def _built(self) -> Any:
@@ -166,7 +170,7 @@ class _HeadTraining:
     def _search(self, model_parts: ClassifierParts) -> None:
         """Replace the head of the config by the one that cross-validation prefers."""
         train_features = self._features("train", model_parts)
-        _standardise(model_parts, train_features.features)
+        self._standardise(model_parts, train_features.features)
         mean, variance = (np.asarray(each, np.float64) for each in model_parts.standardise.get_weights())
         with_layers, _ = self._resolved(_with_hidden_layers(self.given))
         plan = loop_config(
@@ -179,16 +183,28 @@ class _HeadTraining:
             num_classes=len(self.manifest.classes),
             class_weights=plan.class_weights,
         )
-        found, searched = search_head(self.strategy, data, self.given, plan, self.workspace.scratch)
+        found, searched = self._found(data, plan)
         for choice in searched:
             log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
         self.config, choices = self._resolved(found)
         names = {choice.name for choice in searched}
         self.choices = (*searched, *(choice for choice in choices if choice.name not in names))
 
+    def _found(self, data: SearchData, plan: LoopConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
+        """Return what the chief finds, on a device of its own while others wait: it depends on the clock."""
+        found: list[Any] = []
+        if self.workers.is_chief:
+            strategy = self.strategy if self.workers.alone else make_strategy(["CPU:0"])
+            head, searched = search_head(strategy, data, self.given, plan, self.workspace.scratch)
+            found = [dataclasses.asdict(head), [dataclasses.asdict(choice) for choice in searched]]
+        if self.workers.alone:
+            return head, searched
+        values, choices = self.workers.share(found)
+        return dataclasses.replace(self.given, **values), tuple(Choice(**each) for each in choices)
+
     def _train(self, model_parts: ClassifierParts) -> History:
         train_features = self._features("train", model_parts)
-        _standardise(model_parts, train_features.features)
+        self._standardise(model_parts, train_features.features)
         if self.config.solver == "lbfgs":
             return self._solve(model_parts, train_features, self._features("validation", model_parts))
         transforms, mixup_alpha = transforms_of(self.config.augmentation)
@@ -223,20 +239,25 @@ class _HeadTraining:
             class_weights=class_weights_of(self.manifest) if weighted else None,
         )
         given = self.config.weight_decay
-        fit = fit_linear_head(
-            problem,
-            decays=DECAYS if given == AUTO else (given,),
-            time_budget_seconds=self.config.time_budget_seconds,
-        )
         logits = model_parts.head_layers[-1]
-        history = history_of(fit, start=measure(problem, *logits.get_weights()))
-        solution = fit.chosen.solution
-        logits.set_weights([solution.kernel.astype(np.float32), solution.bias.astype(np.float32)])
-        choice = Choice("weight_decay", solution.decay, "set by the user" if given != AUTO else fit.reason)
+        said: dict[str, Any] = {}
+        if self.workers.is_chief:
+            fit = fit_linear_head(
+                problem,
+                decays=DECAYS if given == AUTO else (given,),
+                time_budget_seconds=self.config.time_budget_seconds,
+            )
+            history, solution = history_of(fit, measure(problem, *logits.get_weights())), fit.chosen.solution
+            logits.set_weights([solution.kernel.astype(np.float32), solution.bias.astype(np.float32)])
+            said = {"history": dataclasses.asdict(history), "decay": solution.decay, "reason": fit.reason}
+        said = self.workers.share(said)
+        weights = self.workers.spread({str(n): each for n, each in enumerate(logits.get_weights())})
+        logits.set_weights(list(weights.values()))
+        choice = Choice("weight_decay", said["decay"], "set by the user" if given != AUTO else said["reason"])
         log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
         self.choices = (*self.choices, choice)
-        self.config = dataclasses.replace(self.config, weight_decay=solution.decay)
-        return history
+        self.config = dataclasses.replace(self.config, weight_decay=choice.value)
+        return History(**said["history"])
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
         if split not in self.readers:
@@ -259,13 +280,13 @@ class _HeadTraining:
             self.frozen_pass.rows(source, self.workspace.scratch / f"{split}-features.npy"), source.labels
         )
 
+    def _standardise(self, model_parts: ClassifierParts, features: np.ndarray) -> None:
+        """Give the head the mean and variance of the training features, as the chief's processor adds them up."""
+        moments = dict(zip("mv", feature_moments(features), strict=True)) if self.workers.is_chief else None
+        model_parts.set_standardisation(*self.workers.spread(moments).values())
+
 
 def _with_hidden_layers(config: HeadConfig) -> HeadConfig:
     return dataclasses.replace(
         config, head="mlp", hidden_units=config.hidden_units or HeadConfig().hidden_units
     )
-
-
-def _standardise(model_parts: ClassifierParts, features: np.ndarray) -> None:
-    """Give the head the mean and variance of the training features."""
-    model_parts.set_standardisation(*feature_moments(features))

@@ -3,7 +3,8 @@
 Keras's `fit` drifts on an uneven last batch, clips per replica, and fails with several workers
 (docs/adr/0008). Here a batch is a pure function of seed, epoch and step (`batches`), the loss is normalised
 by the global number of real examples and summed over replicas, and gradients are summed before they are
-clipped and applied; so losses agree on any number of devices.
+clipped and applied; so losses agree on any number of devices and of processes. With several processes
+(docs/adr/0017) the chief alone writes, and all stop, save and go on at the same step.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
-from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
+from kubegraft.training.checkpoints import load_for_all, save_checkpoint
+from kubegraft.training.distribution import workers_of
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
+from kubegraft.training.pace import Pace
 from kubegraft.training.sources import Source
-from kubegraft.training.steps import make_steps, replica_steps
+from kubegraft.training.steps import NUM_SUMS, make_steps, replica_steps
+from kubegraft.training.variables import digest_of_variables
 
 # An epoch on computed features takes a fraction of a second; a log wants fewer lines than that.
 _NOTE_SECONDS: Final = 2.0
@@ -127,7 +131,9 @@ def train(
 
     Raises:
         DivergenceError: If the loss is not finite.
-        Interrupted: If the process was asked to stop; the checkpoint is written.
+        Interrupted: If a process was asked to stop; the checkpoint is written.
+        PeerLost: If another worker can't be reached any more.
+        TrainingError: If workers come to other weights than the chief.
     """
     with stopping_gracefully():
         return _Run(strategy, trainable, sources, config, checkpoint_path).run()
@@ -147,10 +153,14 @@ class _Run:
         self.strategy, self.trainable, self.config = strategy, trainable, config
         self.train_source, self.validation_source = sources
         self.checkpoint_path = checkpoint_path
+        self.workers = workers_of(strategy)
+        self.pace = Pace(self.workers)
         self.num_steps = -(-len(self.train_source.labels) // config.batch_size)
         with strategy.scope():
             self.optimizer = self._make_optimizer()
-        train_step, evaluation_step = replica_steps(trainable, self.optimizer, config)
+        train_step, evaluation_step = replica_steps(
+            trainable, self.optimizer, config, alone=self.workers.alone
+        )
         self.train_steps = make_steps(strategy, self.train_source, config.batch_size, train_step)
         self.evaluation_steps = make_steps(
             strategy, self.validation_source, config.batch_size, evaluation_step
@@ -175,6 +185,7 @@ class _Run:
 
     def run(self) -> History:
         if not self._resume():
+            self._require_equal("weights before training")
             self.history.start = self._validate()
             self._keep_best()
         total = self.num_steps * self.config.num_epochs
@@ -188,45 +199,58 @@ class _Run:
                     break
                 self._train_epoch(progress)
         _assign(self._model_variables(), self.best_arrays)
+        self._require_equal("weights after training")
         return self.history
+
+    def _require_equal(self, what: str) -> None:
+        if not self.workers.alone:
+            self.workers.require_equal(digest_of_variables(self._model_variables()), what)
 
     def _train_epoch(self, progress: Progress) -> None:
         batches = self._epoch_batches(self.train_source, self.epoch, shuffle=True)
-        started = time.monotonic()
-        before = self.elapsed_seconds
         seed = (self.config.seed, self.epoch * self.num_steps)
-        for steps in self.train_steps.run(batches, self.step, seed):
-            for sums in steps:
+        self.pace.begin(self.elapsed_seconds)
+        for results in self.pace.watch(self.train_steps.run(batches, self.step, seed, self._tell)):
+            for sums in results[:, :NUM_SUMS]:
                 self.sums += self._checked(sums)
                 self.step += 1
-            self.elapsed_seconds = before + time.monotonic() - started
-            progress.update(len(steps), loss=self.sums[0] / self.sums[2])
-            if stop_requested():
+            told = self.pace.told(results, self._decisions)
+            self.elapsed_seconds = told.elapsed_seconds
+            progress.update(len(results), loss=self.sums[0] / self.sums[2])
+            if told.stop:
                 self._save()
                 raise Interrupted(
                     f"`{self.config.phase}` was asked to stop (SIGTERM) and saved a checkpoint after step "
                     f"{self.step} of epoch {self.epoch}. Start it again with the same arguments to go on."
                 )
-            if time.monotonic() - self.saved > self.config.checkpoint_interval_seconds:
+            if told.save:
                 self._save()
             if self._over_budget():
                 break
         self._end_epoch(progress)
 
+    def _decisions(self) -> tuple[bool, bool]:
+        """Return whether to stop, and whether a checkpoint is due, as this process sees it."""
+        due = time.monotonic() - self.saved > self.config.checkpoint_interval_seconds
+        return stop_requested(), due
+
+    def _tell(self) -> np.ndarray | None:
+        return self.pace.tell(self._decisions)
+
     def _end_epoch(self, progress: Progress) -> None:
-        started = time.monotonic()
         result = {
             "epoch": self.epoch,
             "train_loss": self.sums[0] / self.sums[2],
             "train_accuracy": self.sums[1] / self.sums[2],
             **self._validate(),
             "learning_rate": float(self.optimizer.learning_rate.numpy()),
+            **self.pace.measures(),
         }
         self.history.epochs.append({name: float(value) for name, value in result.items()})
         if rank(result) > rank(self.history.best):
             self.history.best_epoch = self.epoch
             self._keep_best()
-        self.elapsed_seconds += time.monotonic() - started
+        self.elapsed_seconds = self.workers.share(self.pace.elapsed())
         self.history.epochs[-1]["seconds"] = round(self.elapsed_seconds, 3)
         if metrics.wanted():
             best = self.history.best["validation_accuracy"]
@@ -259,7 +283,8 @@ class _Run:
         with self._averaged():
             for steps in self.evaluation_steps.run(batches, 0, (0, 0)):
                 for step in steps:
-                    sums += self._checked(step)
+                    sums += step
+        sums = self._checked(self.workers.sums(sums))
         return {
             "validation_loss": float(sums[0] / sums[2]),
             "validation_accuracy": float(sums[1] / sums[2]),
@@ -305,6 +330,10 @@ class _Run:
             _assign(self.trainable.variables[: len(averages)], weights)
 
     def _save(self) -> None:
+        self.saved = time.monotonic()
+        self.pace.expect_pause()
+        if not self.workers.is_chief:
+            return
         arrays = {f"model_{i}": variable.numpy() for i, variable in enumerate(self._model_variables())}
         arrays |= {f"optimizer_{i}": variable.numpy() for i, variable in enumerate(self.optimizer.variables)}
         arrays |= {f"best_{i}": array for i, array in enumerate(self.best_arrays)}
@@ -320,7 +349,7 @@ class _Run:
         self.saved = time.monotonic()
 
     def _resume(self) -> bool:
-        found = load_checkpoint(self.checkpoint_path)
+        found = load_for_all(self.checkpoint_path, self.workers)
         if found is None:
             return False
         arrays, position = found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import keras
@@ -23,6 +23,7 @@ from kubegraft.recipes import Choice
 from kubegraft.stage import Outcome, write_atomically
 from kubegraft.storage import public_uri
 from kubegraft.training.loop import History
+from kubegraft.training.workers import ALONE, Workers
 
 MODEL_SCHEMA: Final = 1
 HISTORY_FILE: Final = "history.json"
@@ -50,8 +51,9 @@ def write_model(
     choices: Sequence[Choice],
     facts: dict[str, Any],
     work: dict[str, float],
+    workers: Workers = ALONE,
 ) -> Outcome:
-    """Write a model directory and return the stage's outcome.
+    """Write a model directory, if this is the chief, and return the stage's outcome.
 
     Args:
         directory: Empty directory to write into.
@@ -63,8 +65,13 @@ def write_model(
         choices: What the recipe chose.
         facts: More to record in the model's metadata; JSON values.
         work: What `work_of` returned. It goes into the metrics only: it depends on what others left in the cache.
+        workers: Those who trained it.
+
+    Raises:
+        TrainingError: If another worker holds another model.
     """
     digest = model_digest(model)
+    workers.require_equal(digest, "model")
     versions = {
         "tensorflow": tf.__version__,  # the package is called otherwise on GPU machines
         "keras": keras.__version__,
@@ -83,8 +90,9 @@ def write_model(
         "versions": versions,
         **facts,
     }
-    save_classifier(model, directory, metadata)
-    write_history(directory / HISTORY_FILE, history, phase)
+    if workers.is_chief:
+        save_classifier(model, directory, metadata)
+        write_history(directory / HISTORY_FILE, history, phase)
     return Outcome(
         digest=digest,
         metrics={
@@ -93,6 +101,7 @@ def write_model(
             "validation_loss": history.best["validation_loss"],
             "best_epoch": float(history.best_epoch),
             "num_epochs": float(len(history.epochs)),
+            **pace_of(history),
             **work,
         },
         provenance={
@@ -105,6 +114,13 @@ def write_model(
     )
 
 
+def pace_of(history: History) -> dict[str, float]:
+    """Return how fast several workers trained, as the median of the epochs; nothing for a process that trains alone."""
+    measured = [epoch for epoch in history.epochs if "images_per_second" in epoch]
+    names = ("images_per_second", "scaling_efficiency", "waiting_fraction")
+    return {name: round(median(each[name] for each in measured), 4) for name in names if measured}
+
+
 def _public(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config without the credentials that the URI of a weights file may hold."""
     return {**config, "weights": public_uri(config["weights"])} if "weights" in config else config
@@ -114,20 +130,3 @@ def write_history(path: Path, history: History, phase: str) -> None:
     """Write the history of one phase as JSON."""
     content = {"phase": phase, **dataclasses.asdict(history)}
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def digest_of_variables(variables: Sequence[Any]) -> str:
-    """Return the SHA-256 of the values of these variables, in this order; equal only if every bit is."""
-    digest = hashlib.sha256()
-    for variable in variables:
-        digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
-    return digest.hexdigest()
-
-
-def require_unmoved(before: str, variables: Sequence[Any]) -> None:
-    """Raise TrainingError if any bit of what was frozen has changed."""
-    if digest_of_variables(variables) != before:
-        raise TrainingError(
-            "Frozen variables must not change in training, but their digest did. This is a defect of kubegraft: "
-            "please report it with the model's metadata."
-        )

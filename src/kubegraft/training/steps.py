@@ -5,21 +5,27 @@ to the graph costs several times that. So features that fit are held on the devi
 runs as many steps as take about a fifth of a second, gathering each batch itself. Rows of boundary activations are
 copied to one device faster than a stream's threads hand them on: those took a seventh of the time. All ways compute
 the same.
+
+With several workers each takes its columns of a global batch. What they must agree on at each step travels with the
+gradients, in the same vector.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow as tf
 
 from kubegraft.training.batches import EpochBatches
-from kubegraft.training.distribution import xla_wanted
+from kubegraft.training.distribution import num_local_replicas, workers_of, xla_wanted
 from kubegraft.training.sources import FeatureSource, Source
 from kubegraft.training.starvation import WatchedInput
+from kubegraft.training.workers import ending_if_lost
 
 if TYPE_CHECKING:
     from kubegraft.training.loop import LoopConfig, Trainable
@@ -30,32 +36,68 @@ RESIDENT_BYTES: Final = 512 << 20
 # A call of the graph can't be interrupted: long enough to forget its cost, short enough for signals.
 _CALL_SECONDS: Final = 0.2
 
-# (inputs, numbers) of one replica and a seed -> float32[3]: loss, correct answers and examples, summed.
-ReplicaStep = Callable[[tuple[Any, Any], Any], Any]
+# Loss, correct answers and examples, summed over the real examples of a batch.
+NUM_SUMS: Final = 3
+# What workers tell one another at each training step (`float32`), and seconds that this one waited for the others.
+NUM_TOLD: Final = 3
+NUM_COLUMNS: Final = NUM_SUMS + NUM_TOLD + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStep:
+    """One step of one replica.
+
+    Attributes:
+        compute: (inputs, numbers) of the replica, a seed and what this worker tells the others (None for a process
+            that trains alone) -> `float32[num_columns]`.
+        num_columns: `NUM_SUMS`, or `NUM_COLUMNS` of a training step with other workers.
+    """
+
+    compute: Callable[[tuple[Any, Any], Any, Any], Any]
+    num_columns: int = NUM_SUMS
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether the sums are those over all replicas already."""
+        return self.num_columns == NUM_COLUMNS
+
+
+def _nothing_to_tell() -> None:
+    return None
 
 
 @runtime_checkable
 class RowSource(Source, Protocol):
     """A source whose batches are rows of an array."""
 
-    def batch(self, batches: EpochBatches, step: int) -> Any:
-        """Return the inputs of one global batch, as `Source.inputs` would."""
+    def batch(self, batches: EpochBatches, step: int, columns: slice = slice(None)) -> Any:
+        """Return the inputs of one global batch, or of some columns of it, as `Source.inputs` would."""
 
 
 class Steps(Protocol):
     """A compiled step, bound to one split."""
 
-    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+    def run(
+        self,
+        batches: EpochBatches,
+        first: int,
+        seed: tuple[int, int],
+        tell: Callable[[], np.ndarray | None] = _nothing_to_tell,
+    ) -> Iterator[np.ndarray]:
         """Run the steps of an epoch from `first` on.
 
         Args:
             batches: The epoch.
             first: Number of the first step to run.
             seed: Seed of the run, and the number of the epoch's step 0 over all epochs; key the dropout masks.
+            tell: Asked before each call of the graph what this worker tells the others in its steps,
+                `float32[NUM_TOLD]`; None where there are no others.
 
         Yields:
             `float32[num_steps, 3]`: loss, correct answers and examples of each step since the last yield,
-            summed over real examples and replicas.
+            summed over real examples and replicas; of an evaluation step with other workers only this one's. Of a
+            training step with others `float32[num_steps, NUM_COLUMNS]`, with the sums of what all told, and how long
+            this worker waited.
         """
 
 
@@ -63,36 +105,63 @@ def make_steps(strategy: Any, source: Source, batch_size: int, replica_step: Rep
     """Return steps over a split, by the fastest way there is for it."""
     if isinstance(source, FeatureSource) and source.features.nbytes <= RESIDENT_BYTES:
         return _ResidentSteps(strategy, source, batch_size, replica_step)
-    if isinstance(source, RowSource) and strategy.num_replicas_in_sync == 1:
-        return _RowSteps(strategy, source, replica_step)
+    if isinstance(source, RowSource) and num_local_replicas(strategy) == 1:
+        return _RowSteps(strategy, source, batch_size, replica_step)
     return _StreamedSteps(strategy, source, batch_size, replica_step)
 
 
-def _compiled(strategy: Any, replica_step: ReplicaStep) -> Callable[[tuple[Any, Any], Any], Any]:
+def _compiled(strategy: Any, replica_step: ReplicaStep) -> Callable[..., np.ndarray]:
     """Return one step of all replicas, with their sums, as a graph."""
+    workers = workers_of(strategy)
 
     @tf.function
-    def step(batch: Any, seed: Any) -> Any:
-        return strategy.reduce("SUM", strategy.run(replica_step, args=(batch, seed)), axis=None)
+    def step(batch: Any, seed: Any, told: Any) -> Any:
+        return _summed(strategy, replica_step, strategy.run(replica_step.compute, args=(batch, seed, told)))
 
-    compiled: Callable[[tuple[Any, Any], Any], Any] = step
-    return compiled
+    def run(batch: Any, seed: Any, told: np.ndarray | None) -> np.ndarray:
+        with ending_if_lost(workers):
+            sums: np.ndarray = step(batch, seed, None if told is None else tf.constant(told)).numpy()
+        return sums
+
+    return run
+
+
+def _summed(strategy: Any, replica_step: ReplicaStep, results: Any) -> Any:
+    """Return the sum over all replicas; over those of this process where the step or its caller sums the others."""
+    if workers_of(strategy).alone:
+        return strategy.reduce("SUM", results, axis=None)
+    local = strategy.experimental_local_results(results)
+    return local[0] if replica_step.is_summed else tf.add_n(local)
+
+
+def _own_columns(strategy: Any, batch_size: int) -> slice:
+    """Return this worker's part of a global batch."""
+    workers = workers_of(strategy)
+    width = batch_size // workers.num_workers
+    return slice(workers.index * width, (workers.index + 1) * width)
 
 
 class _RowSteps:
     """Batches are gathered from an array and handed to the one device there is, a call of the graph each."""
 
-    def __init__(self, strategy: Any, source: RowSource, replica_step: ReplicaStep) -> None:
+    def __init__(self, strategy: Any, source: RowSource, batch_size: int, replica_step: ReplicaStep) -> None:
         self._source, self._step = source, _compiled(strategy, replica_step)
+        self._columns = _own_columns(strategy, batch_size)
 
-    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+    def run(
+        self,
+        batches: EpochBatches,
+        first: int,
+        seed: tuple[int, int],
+        tell: Callable[[], np.ndarray | None] = _nothing_to_tell,
+    ) -> Iterator[np.ndarray]:
         """Run one step a yield; see `Steps`."""
         arrays = _numbers(self._source, batches)
         for number in range(first, batches.num_steps):
-            inputs = self._source.batch(batches, number)
-            numbers = tuple(tf.constant(array[number]) for array in arrays)
+            inputs = self._source.batch(batches, number, self._columns)
+            numbers = tuple(tf.constant(array[number, self._columns]) for array in arrays)
             key = tf.constant([seed[0], seed[1] + number], tf.int32)
-            yield self._step((inputs, numbers), key).numpy()[None]
+            yield self._step((inputs, numbers), key, tell())[None]
 
 
 class _StreamedSteps:
@@ -102,12 +171,19 @@ class _StreamedSteps:
         self._strategy, self._source, self._batch_size = strategy, source, batch_size
         self._step, self._input = _compiled(strategy, replica_step), WatchedInput()
 
-    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+    def run(
+        self,
+        batches: EpochBatches,
+        first: int,
+        seed: tuple[int, int],
+        tell: Callable[[], np.ndarray | None] = _nothing_to_tell,
+    ) -> Iterator[np.ndarray]:
         """Run one step a yield; see `Steps`."""
         if first >= batches.num_steps:
             return
         for number, batch in enumerate(self._input.watch(self._distributed(batches, first)), first):
-            yield self._step(batch, tf.constant([seed[0], seed[1] + number], tf.int32)).numpy()[None]
+            key = tf.constant([seed[0], seed[1] + number], tf.int32)
+            yield self._step(batch, key, tell())[None]
 
     def _distributed(self, batches: EpochBatches, first: int) -> Any:
         """Return an iterable over the batches from `first` on, split over the replicas."""
@@ -132,40 +208,58 @@ class _ResidentSteps:
     def __init__(
         self, strategy: Any, source: FeatureSource, batch_size: int, replica_step: ReplicaStep
     ) -> None:
-        self._source, self._steps_a_call = source, 1
+        self._source, self._steps_a_call, self._workers = source, 1, workers_of(strategy)
         per_replica = batch_size // strategy.num_replicas_in_sync
-        with strategy.scope():
+        # In the scope, a variable's first value travels from the chief to the other workers, which have it.
+        mirrored = self._workers.alone or num_local_replicas(strategy) > 1
+        with strategy.scope() if mirrored else contextlib.nullcontext():
             features = tf.Variable(np.asarray(source.features), trainable=False, name="features")
 
-        def replica(row: tuple[Any, ...], seed: Any) -> Any:
+        def replica(row: tuple[Any, ...], seed: Any, told: Any) -> Any:
             start = tf.distribute.get_replica_context().replica_id_in_sync_group * per_replica
             index, partner, *numbers = (array[start : start + per_replica] for array in row)
-            return replica_step((_gathered(features, index, partner, numbers[3]), tuple(numbers)), seed)
+            inputs = _gathered(features, index, partner, numbers[3])
+            return replica_step.compute((inputs, tuple(numbers)), seed, told)
 
         @tf.function(reduce_retracing=True)
-        def steps(epoch: tuple[Any, ...], first: Any, last: Any, seed: Any) -> Any:
+        def steps(epoch: tuple[Any, ...], first: Any, last: Any, seed: Any, told: Any) -> Any:
             def body(step: Any, results: Any) -> tuple[Any, Any]:
                 row = tuple(array[step] for array in epoch)
                 key = seed + tf.stack([0, step])
-                sums = strategy.reduce("SUM", strategy.run(replica, args=(row, key)), axis=None)
+                sums = _summed(strategy, replica_step, strategy.run(replica, args=(row, key, told)))
                 return step + 1, results.write(step - first, sums)
 
-            results = tf.TensorArray(tf.float32, size=last - first, element_shape=[3])
+            shape = [replica_step.num_columns]
+            results = tf.TensorArray(tf.float32, size=last - first, element_shape=shape)
             loop = (first, results)
             return tf.while_loop(lambda step, _: step < last, body, loop, parallel_iterations=1)[1].stack()
 
         self._steps = steps
 
-    def run(self, batches: EpochBatches, first: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+    def run(
+        self,
+        batches: EpochBatches,
+        first: int,
+        seed: tuple[int, int],
+        tell: Callable[[], np.ndarray | None] = _nothing_to_tell,
+    ) -> Iterator[np.ndarray]:
         """Run many steps a yield; see `Steps`."""
         arrays = (batches.index, batches.partner, *_numbers(self._source, batches))
         epoch = tuple(map(tf.constant, arrays))
         key = tf.constant(seed, tf.int32)
         while first < batches.num_steps:
             last = min(first + self._steps_a_call, batches.num_steps)
-            started = time.monotonic()
-            sums = self._steps(epoch, tf.constant(first), tf.constant(last), key).numpy()
-            self._adapt(time.monotonic() - started)
+            started, told = time.monotonic(), tell()
+            with ending_if_lost(self._workers):
+                sums = self._steps(
+                    epoch,
+                    tf.constant(first),
+                    tf.constant(last),
+                    key,
+                    None if told is None else tf.constant(told),
+                ).numpy()
+            # Workers that took calls of different lengths would wait for one another for ever.
+            self._adapt(float(self._workers.gather(np.array([time.monotonic() - started]))[0, 0]))
             first = last
             yield sums
 
@@ -200,9 +294,9 @@ def _numbers(source: Source, batches: EpochBatches) -> tuple[np.ndarray, ...]:
 
 
 def replica_steps(
-    trainable: Trainable, optimizer: GlobalAdamW, config: LoopConfig
+    trainable: Trainable, optimizer: GlobalAdamW, config: LoopConfig, *, alone: bool = True
 ) -> tuple[ReplicaStep, ReplicaStep]:
-    """Return a training step and an evaluation step of one replica."""
+    """Return a training step and an evaluation step of one replica; `alone` where there are no other workers."""
 
     def losses(logits: Any, numbers: Any, smoothing: float) -> tuple[Any, Any]:
         share, label, partner = numbers[3][:, None], numbers[4], numbers[5]
@@ -228,18 +322,49 @@ def replica_steps(
     by_xla = xla_wanted() and not trainable.state
     compiled = tf.function(differentiate, jit_compile=True) if by_xla else differentiate
 
-    def train(batch: tuple[Any, Any], seed: Any) -> Any:
+    def train(batch: tuple[Any, Any], seed: Any, told: Any) -> Any:
         inputs, numbers = batch
         sums, gradients = compiled(inputs, numbers, seed)
-        gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+        if told is None:
+            gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+        else:
+            gradients, sums = summed_with_others(gradients, sums, told)
         if config.gradient_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
         optimizer.apply(gradients, list(trainable.variables))
         optimizer.update_averages(trainable.variables)
         return sums
 
-    def evaluate(batch: tuple[Any, Any], seed: Any) -> Any:
+    def evaluate(batch: tuple[Any, Any], seed: Any, told: Any) -> Any:
         inputs, numbers = batch
         return losses(trainable.logits(inputs), numbers, 0.0)[1]
 
-    return train, evaluate
+    return ReplicaStep(train, NUM_SUMS if alone else NUM_COLUMNS), ReplicaStep(evaluate)
+
+
+def _clock() -> Any:
+    """Return the time in a graph, in seconds; TensorFlow refuses its own where results are to be repeatable."""
+    return tf.ensure_shape(tf.numpy_function(time.perf_counter, [], tf.float64), [])
+
+
+def summed_with_others(gradients: Sequence[Any], sums: Any, told: Any) -> tuple[list[Any], Any]:
+    """Return gradients summed over all replicas of all workers, and the columns of the step's results.
+
+    One vector holds all that travels, so that a step waits for the others once.
+
+    Args:
+        gradients: `float32`, of one replica.
+        sums: `float32[NUM_SUMS]`, of one replica.
+        told: `float32[NUM_TOLD]`, of this worker.
+    """
+    told = told / num_local_replicas(tf.distribute.get_strategy())
+    flat = tf.concat([*(tf.reshape(each, [-1]) for each in gradients), sums, told], 0)
+    with tf.control_dependencies([flat]):
+        ready = _clock()
+    total = tf.distribute.get_replica_context().all_reduce("SUM", flat)
+    with tf.control_dependencies([total]):
+        waited = tf.cast(_clock() - ready, tf.float32)
+    sizes = [each.shape.num_elements() for each in gradients]
+    *parts, rest = tf.split(total, [*sizes, NUM_SUMS + NUM_TOLD])
+    shaped = [tf.reshape(part, each.shape) for part, each in zip(parts, gradients, strict=True)]
+    return shaped, tf.concat([rest, waited[None]], 0)

@@ -10,6 +10,7 @@ from kubegraft.modeling.backbone import Backbone
 from kubegraft.modeling.classifier import parts
 from kubegraft.modeling.splitting import SplitBackbone, split_backbone
 from kubegraft.training.activations import ActivationSource, image_activations
+from kubegraft.training.distribution import workers_of
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts
 from kubegraft.training.sources import ImageSource
 
@@ -73,8 +74,9 @@ class SuffixData:
 
     def forget(self, num_blocks: int) -> None:
         """Remove the files of a trial that is done."""
-        for path in self._directory.glob(f"*-{num_blocks}-blocks*"):
-            path.unlink()
+        if workers_of(self._how["strategy"]).is_chief:
+            for path in self._directory.glob(f"*-{num_blocks}-blocks*"):
+                path.unlink()
 
     def _path(self, split: str, num_blocks: int) -> Path:
         return self._directory / f"{split}-{num_blocks}-blocks.npy"

@@ -1,0 +1,174 @@
+"""A TransferJob's status, computed anew from what is there and from the status before.
+
+Only forward: a restart, a missed event or a stale read never turns progress, stage or restarts back, so that what is
+written is the same in whatever order it was seen. And seldom: what changes all the time is written only together with
+what does not, so that a job costs a constant number of writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from kubegraft.controller.conditions import (
+    ADMITTED,
+    FAILED,
+    RUNNING,
+    SUCCEEDED,
+    Condition,
+    find,
+    holds,
+    merged,
+)
+from kubegraft.controller.job_pods import JobPod
+from kubegraft.controller.jobset import FINISH, TRAIN
+from kubegraft.controller.spec import JobSpec
+from kubegraft.controller.status_schema import METRICS
+from kubegraft.job_report import STAGES
+
+Status = dict[str, Any]
+
+# Percent of the whole job at which each stage begins; it ends where the next begins.
+_BEGINS: Final = {"ingest": 0, "train_head": 10, "fine_tune": 40, "evaluate": 85, "export": 92}
+_STEP: Final = 10
+_VOLATILE: Final = ("acceleratorHours", "earlierAcceleratorHours", "metrics")
+_CALM: Final = frozenset(
+    {"Suspended", "Queued", "Starting", "Succeeded", "Preparing", "Training", "Finishing", "Stopping"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a status follows from.
+
+    Attributes:
+        spec: The job.
+        before: Its status as read.
+        pods: Pods of the present attempt.
+        restarts: Restarts of the JobSet.
+        jobset_name: Name of the JobSet.
+        now: The time.
+    """
+
+    spec: JobSpec
+    before: Status
+    pods: tuple[JobPod, ...]
+    restarts: int
+    jobset_name: str
+    now: datetime
+
+
+def next_status(facts: Facts, conditions: Iterable[Condition], **changes: Any) -> Status:
+    """Return the status.
+
+    Args:
+        facts: What it follows from.
+        conditions: What is known now; conditions of other types stay.
+        changes: Further fields; None removes one.
+    """
+    before = facts.before
+    generation = facts.spec.generation
+    stage, progress = _progress(facts)
+    found: Status = {
+        **before,
+        "conditions": merged(before.get("conditions", ()), conditions, generation=generation, now=facts.now),
+        "observedGeneration": generation,
+        "jobSetName": facts.jobset_name,
+        "stage": stage,
+        "progress": progress,
+        "restarts": max(facts.restarts, before.get("restarts", 0)),
+        **_from_reports(facts),
+        **_accelerator_hours(facts),
+        **changes,
+    }
+    return {name: value for name, value in found.items() if value not in (None, "", {})}
+
+
+def _progress(facts: Facts) -> tuple[str, int]:
+    """Return the furthest stage and the percentage of the whole, in whole tens."""
+    stage, progress = facts.before.get("stage", ""), facts.before.get("progress", 0)
+    for pod in facts.pods:
+        if pod.report is None or pod.report.stage not in STAGES:
+            continue
+        stage = max(stage, pod.report.stage, key=_order)
+        progress = max(progress, _percent(pod.report.stage, pod.report.progress))
+    return stage, progress
+
+
+def _order(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else -1
+
+
+def _percent(stage: str, progress: int) -> int:
+    begins = _BEGINS[stage]
+    ends = min((begin for begin in _BEGINS.values() if begin > begins), default=100)
+    whole = begins + (ends - begins) * progress // 100
+    return min(
+        whole // _STEP * _STEP, 100 - _STEP
+    )  # all of it is the job's success, and not the report's to say
+
+
+def _from_reports(facts: Facts) -> Status:
+    metrics = dict(facts.before.get("metrics", {}))
+    found: Status = {}
+    for pod in facts.pods:
+        if pod.report is None:
+            continue
+        metrics |= {
+            METRICS[name][0]: f"{value:.4f}" for name, value in pod.report.metrics.items() if name in METRICS
+        }
+        found |= {"datasetDigest": pod.report.dataset_digest} if pod.report.dataset_digest else {}
+        if pod.role == FINISH and pod.report.model_uri:
+            found["modelUri"] = pod.report.model_uri
+    return {**found, "metrics": metrics}
+
+
+def _accelerator_hours(facts: Facts) -> Status:
+    """Return the hours that accelerators were held, and the part of them before the present attempt."""
+    if not facts.spec.accelerators:
+        return {}
+    total = float(facts.before.get("acceleratorHours", 0))
+    earlier = float(facts.before.get("earlierAcceleratorHours", 0))
+    if facts.restarts > facts.before.get("restarts", 0) or not holds(
+        facts.before.get("conditions", ()), ADMITTED
+    ):
+        earlier = total
+    seconds = sum(_held_seconds(pod, facts.now) for pod in facts.pods if pod.role == TRAIN)
+    total = max(total, earlier + facts.spec.accelerators * seconds / 3600)
+    return {"acceleratorHours": f"{total:.2f}", "earlierAcceleratorHours": f"{earlier:.2f}"}
+
+
+def _held_seconds(pod: JobPod, now: datetime) -> float:
+    if pod.started_at is None:
+        return 0
+    return max(((pod.finished_at or now) - pod.started_at).total_seconds(), 0)
+
+
+def worth_writing(before: Status, after: Status) -> bool:
+    """Return whether something changed that does not change all the time."""
+    return _steady(before) != _steady(after)
+
+
+def _steady(status: Mapping[str, Any]) -> Status:
+    return {name: value for name, value in status.items() if name not in _VOLATILE}
+
+
+def changed_conditions(before: Status, after: Status) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (event type, condition) of each condition that people should hear about."""
+    found = []
+    for kind in (ADMITTED, RUNNING, SUCCEEDED, FAILED):
+        old, new = find(before.get("conditions", ()), kind), find(after.get("conditions", ()), kind)
+        if new and (old.get("status"), old.get("reason")) != (new["status"], new["reason"]):
+            found.append((_event_type(new), new))
+    if any(new["type"] in (SUCCEEDED, FAILED) for _, new in found):
+        return [(kind, new) for kind, new in found if new["type"] != RUNNING]  # it says the same
+    return found
+
+
+def _event_type(condition: Mapping[str, Any]) -> str:
+    if condition["type"] == FAILED:
+        return "Warning"
+    bad = condition["status"] == "False" and condition["reason"] not in _CALM
+    return "Warning" if bad else "Normal"
