@@ -501,9 +501,15 @@ def settle(world: World, steps: int = 400) -> None:
         world.admit()
         world.step()
         quiet = 0 if operate_fresh(world) else quiet + 1
-        if quiet > 7 and not _goes_on(world):  # longer than any time to live
+        if quiet > _longest_pause(world) and not _goes_on(world):
             return
     raise AssertionError("the world never comes to rest")
+
+
+def _longest_pause(world: World) -> int:
+    """Return the steps after which nothing more can come: longer than any time to live."""
+    job = world.get("TransferJob")
+    return 7 if job and "ttlSecondsAfterFinished" in job["spec"] else 2
 
 
 def _goes_on(world: World) -> bool:

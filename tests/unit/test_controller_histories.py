@@ -98,7 +98,7 @@ def random_story(rng: random.Random) -> Story:
         faults = tuple(each for each in faults if each[1] == 0 or each[2] in ENDED_BY_OPERATOR)
     if rng.random() < 0.1:
         faults, spec = (ENDLESS,), {**spec, "activeDeadlineSeconds": 90}
-    elif rng.random() < 0.04:
+    elif rng.random() < 0.03:
         faults = (rng.choice(STUCK),)
     suspensions: tuple[int, ...] = ()
     # A JobSet that was in a queue and suspended is made anew, and with it the count of its restarts.

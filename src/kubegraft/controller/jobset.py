@@ -16,6 +16,7 @@ operator (`failures.final_failure`), as are uncounted restarts that lead nowhere
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Final
@@ -55,6 +56,7 @@ def config_map_name(job: Manifest) -> str:
     return jobset_name(job)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for at each look
 def _named(name: str, uid: str) -> str:
     digest = hashlib.sha256(uid.encode()).hexdigest()[:_HASH_DIGITS]
     start = name[: _MAX_JOBSET_NAME - _HASH_DIGITS - 1].rstrip("-")
@@ -62,12 +64,14 @@ def _named(name: str, uid: str) -> str:
     return f"{start}-{digest}" if start[:1].isalpha() else f"j{start[:-1] or ''}-{digest}"
 
 
+@functools.cache
 def final_exit_codes() -> frozenset[int]:
     """Return the exit codes after which another try can't help (docs/errors.md)."""
     kinds = _subclasses(KubegraftError) - {KubegraftError}
     return frozenset(kind.exit_code for kind in kinds if not kind.retryable)
 
 
+@functools.cache
 def program_exit_codes() -> frozenset[int]:
     """Return the exit codes of the program's own errors; any other end came from outside, or from a peer."""
     return frozenset(kind.exit_code for kind in _subclasses(KubegraftError)) - {AGAIN, STOPPED}

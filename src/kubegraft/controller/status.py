@@ -33,6 +33,7 @@ Status = dict[str, Any]
 
 # Percent of the whole job at which each stage begins; it ends where the next begins.
 _BEGINS: Final = {"ingest": 0, "train_head": 10, "fine_tune": 40, "evaluate": 85, "export": 92}
+_ENDS: Final = dict(zip(_BEGINS, [*list(_BEGINS.values())[1:], 100], strict=True))
 _STEP: Final = 10
 _VOLATILE: Final = ("acceleratorHours", "earlierAcceleratorHours", "metrics", "exactProgress", "lastEnds")
 _CALM: Final = frozenset(
@@ -108,9 +109,11 @@ def _progress(facts: Facts) -> tuple[str, int]:
 
 def _exact_progress(facts: Facts) -> int:
     """Return the furthest percentage of the whole that any pod reported, also one of an earlier attempt."""
-    reports = [pod.report for pod in (*facts.pods, *facts.left) if pod.report and pod.report.stage in STAGES]
-    percents = [_percent(report.stage, report.progress) for report in reports]
-    return max(facts.before.get("exactProgress", 0), *percents, 0)
+    furthest = int(facts.before.get("exactProgress", 0))
+    for pod in (*facts.pods, *facts.left):
+        if pod.report is not None and pod.report.stage in STAGES:
+            furthest = max(furthest, _percent(pod.report.stage, pod.report.progress))
+    return furthest
 
 
 def stalled_restarts(facts: Facts) -> int:
@@ -119,13 +122,15 @@ def stalled_restarts(facts: Facts) -> int:
     Several that were missed are one: the job may have gone on in between. Only what was seen counts against a job.
     """
     before = facts.before
-    went_on = _progress(facts)[0] != before.get("stage", "") or _exact_progress(facts) > before.get(
-        "exactProgress", 0
-    )
-    if went_on:
-        return 0
     again = facts.uncounted > before.get("uncountedRestarts", 0)
-    return int(before.get("restartsWithoutProgress", 0)) + again
+    seen = int(before.get("restartsWithoutProgress", 0)) + again
+    return 0 if seen and _went_on(facts) else seen
+
+
+def _went_on(facts: Facts) -> bool:
+    if _progress(facts)[0] != facts.before.get("stage", ""):
+        return True
+    return _exact_progress(facts) > int(facts.before.get("exactProgress", 0))
 
 
 def _order(stage: str) -> int:
@@ -134,8 +139,7 @@ def _order(stage: str) -> int:
 
 def _percent(stage: str, progress: int) -> int:
     begins = _BEGINS[stage]
-    ends = min((begin for begin in _BEGINS.values() if begin > begins), default=100)
-    return begins + (ends - begins) * progress // 100
+    return begins + (_ENDS[stage] - begins) * progress // 100
 
 
 def _in_tens(percent: int) -> int:
