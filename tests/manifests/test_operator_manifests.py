@@ -21,11 +21,6 @@ MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 INSTALLATIONS = ("operator", "operator/one-namespace")
 CUSTOM = {"TransferJob", "TransferSchedule", "ClusterTrainingRuntime", "CustomResourceDefinition"}
 DEFINED_BY_OTHERS = CUSTOM_KINDS | CUSTOM
-    "TransferJob",
-    "TransferSchedule",
-    "ClusterTrainingRuntime",
-    "CustomResourceDefinition",
-}
 installation = pytest.mark.parametrize("directory", INSTALLATIONS)
 
 
