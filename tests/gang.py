@@ -5,11 +5,12 @@
 Actions of the loop alone: `train:NAME` trains a head to the end (from its checkpoint if there is one) and prints its
 history and the digest of its weights; `train:NAME:SIGNAL@INDEX` sends itself a signal in its sixth step, if it is
 worker INDEX.
-Actions of the stages: `job:PART` runs a part of a job; `tune:NAME` fine-tunes the job's head from activations.
+Actions of the stages: `job:PART` runs a part of a job; `tune:NAME` fine-tunes the job's head by the whole graph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ INPUT_SIZE = 16
 CONFIG = f"""
 seed: 2
 head: {{backbone: tiny, weights: none, input_size: {INPUT_SIZE}, batch_size: 8, num_epochs: 3, dropout: 0.2}}
-fine_tune: {{num_blocks: 2, num_epochs: 2, batch_size: 8, learning_rate: 1e-2, augmentation: flip, patience: 9}}
+fine_tune: {{num_blocks: 1, num_epochs: 2, batch_size: 8, learning_rate: 1e-2, augmentation: flip, patience: 9}}
 """
 STEP_OF_SIGNAL = 6
 
@@ -42,6 +43,8 @@ def start(directory, *actions, num_workers=1, num_started=None, **environment):
             "KUBEGRAFT_TERMINATION_FILE": str(directory / f"{index}.termination"),
             "KUBEGRAFT_LOG_FORMAT": "json",
             "KUBEGRAFT_ENGINE": "keras",  # nothing is timed
+            "TF_NUM_INTRAOP_THREADS": "1",
+            "TF_NUM_INTEROP_THREADS": "1",
             **({"TF_CONFIG": json.dumps(task)} if num_workers > 1 else {}),
         }
         with (directory / f"{index}.out").open("w") as out, (directory / f"{index}.err").open("w") as err:
@@ -82,7 +85,7 @@ def _free_ports(count):
     return ports
 
 
-def register_tiny_backbone():
+def register_tiny_backbone(set_attribute=setattr, set_item=dict.__setitem__):
     """Add the backbone `tiny`, two blocks of one convolution each, to the registry of this process."""
     import keras
 
@@ -97,8 +100,8 @@ def register_tiny_backbone():
             rows = keras.layers.ReLU(name=f"relu_{number}")(rows)
         return SimpleNamespace(output=rows)
 
-    keras.applications.Tiny = tiny
-    backbones._BY_FOLDED["tiny"] = Backbone(
+    set_attribute(keras.applications, "Tiny", tiny, *([False] if set_attribute is not setattr else []))
+    tiny_backbone = Backbone(
         name="tiny",
         display_name="Tiny",
         native_input_size=INPUT_SIZE,
@@ -109,6 +112,7 @@ def register_tiny_backbone():
         license="Apache-2.0",
         source="https://example.invalid",
     )
+    set_item(backbones._BY_FOLDED, "tiny", tiny_backbone)
 
 
 def two_replicas():
@@ -116,11 +120,12 @@ def two_replicas():
     import tensorflow as tf
 
     from kubegraft.training import fine_tune, head
+    from kubegraft.training.distribution import make_strategy
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     for module in (head, fine_tune):
-        module.make_strategy = lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        module.make_strategy = lambda: make_strategy(["CPU:0", "CPU:1"])
 
 
 def main(directory, *actions):
@@ -137,7 +142,7 @@ def main(directory, *actions):
     try:
         for action in actions:
             kind, _, rest = action.partition(":")
-            code = code or {"replicas": _replicas, "train": _train, "job": _job, "tune": _tune}[kind](
+            code = code or {"replicas": _replicas, "train": _train, "job": _job, "tune": tune}[kind](
                 directory, rest
             )
     except KubegraftError as error:
@@ -160,17 +165,14 @@ def _job(directory, part):
     return run_part(part, str(directory / "run.yaml"), str(directory / "job"))
 
 
-def _tune(directory, name):
-    import dataclasses
-
+def tune(directory, name):
+    """Fine-tune the job's head by the whole graph."""
     from kubegraft.config_file import load_run_config
     from kubegraft.training.fine_tune import fine_tune
 
-    config = load_run_config(directory / "run.yaml").fine_tune
-    config = dataclasses.replace(config, num_blocks=1)
+    config = dataclasses.replace(load_run_config(directory / "run.yaml").fine_tune, num_blocks=2)
     job = directory / "job"
-    result = fine_tune(job / "ingest/dataset", job / "train-head/model", directory / name, config)
-    _print(name, digest=result.digest, frozen_blocks=result.provenance["frozen_blocks"])
+    fine_tune(job / "ingest/dataset", job / "train-head/model", directory / name, config)
     return 0
 
 

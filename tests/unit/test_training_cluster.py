@@ -1,101 +1,202 @@
 """Several processes that train together: the same losses, the same bits after every kind of disturbance."""
 
 import json
+import shutil
 import time
 
 import pytest
 
 from kubegraft.errors import ConfigError
+from kubegraft.job_report import latest_report, parse_report
 from kubegraft.training.cluster_spec import find_cluster
+from kubegraft.worker_job import run_part
 from tests import gang
+from tests.conftest import draw_image
 
+# One after the other in one directory: each goes on from what the one before left behind.
+GANGS = {
+    "killed": ("job:train", "tune:whole", "train:streamed", "train:held", "train:worker:SIGKILL@1"),
+    "chief_killed": ("train:worker", "train:chief:SIGKILL@0"),
+    "stopped": ("train:chief", "train:stop:SIGTERM@1"),
+    "frozen": ("job:train", "train:stop", "train:frozen:SIGSTOP@1"),
+}
 FAST = {"KUBEGRAFT_HEARTBEAT_SECONDS": "3"}
 
 
 @pytest.fixture(scope="module")
-def disturbed(tmp_path_factory):
-    """Gangs one after the other in one directory; each goes on from what the one before left behind."""
+def alone(tmp_path_factory):
+    """A directory in which this process alone has run a whole job, and fine-tuned by the whole graph."""
+    root = tmp_path_factory.mktemp("alone")
+    for class_number in range(3):
+        folder = root / "images" / f"class_{class_number}"
+        folder.mkdir(parents=True)
+        for number in range(14):
+            draw_image(class_number, number, 24).save(folder / f"{number}.png")
+    (root / "run.yaml").write_text(gang.CONFIG + f"ingest: {{source: {root / 'images'}}}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBEGRAFT_ENGINE", "keras")  # nothing is timed
+        patch.setenv("KUBEGRAFT_TERMINATION_FILE", str(root / "termination"))
+        gang.register_tiny_backbone(patch.setattr, patch.setitem)
+        assert run_part("prepare", str(root / "run.yaml"), str(root / "job")) == 0
+        shutil.copytree(root / "job", root / "prepared")
+        assert run_part("train", str(root / "run.yaml"), str(root / "job")) == 0
+        gang.tune(root, "whole")
+        assert run_part("finish", str(root / "run.yaml"), str(root / "job")) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def gangs(alone, tmp_path_factory):
+    """The same job by two workers, and trainings that are disturbed; with the gangs' exit codes."""
     root = tmp_path_factory.mktemp("gangs")
-    codes = {}
-    for name, actions in {
-        "killed": ("train:whole", "train:held", "train:worker:SIGKILL@1"),
-        "chief_killed": ("train:worker", "train:chief:SIGKILL@0"),
-        "stopped": ("train:chief", "train:stop:SIGTERM@1"),
-        "frozen": ("train:stop", "train:frozen:SIGSTOP@1"),
-    }.items():
-        codes[name] = gang.finish(gang.start(root / name, *actions, num_workers=2, **FAST))
+    _prepare(alone, root)
+    codes = {
+        name: gang.finish(gang.start(root / name, *actions, num_workers=2, **FAST))
+        for name, actions in GANGS.items()
+    }
     return root, codes
 
 
-def test_two_workers_see_the_losses_of_one_process(disturbed, tmp_path):
-    """With an uneven last batch, clipping, dropout, batch norm, mixup and class weights; streamed and held."""
+@pytest.fixture(scope="module")
+def replicas(alone, tmp_path_factory):
+    """The same job on two devices of one process."""
+    root = tmp_path_factory.mktemp("replicas")
+    _prepare(alone, root)
+    assert gang.finish(gang.start(root / "gang", "replicas", "job:train")) == [0]
+    return root
+
+
+def _prepare(alone, root):
+    shutil.copytree(alone / "prepared", root / "job")
+    shutil.copy(alone / "run.yaml", root)
+
+
+def _same_losses(one, other):
+    assert len(one) == len(other) > 2
+    for a, b in zip(one, other, strict=True):
+        for measure in a.keys() - {"seconds"}:
+            assert a[measure] == pytest.approx(b[measure], abs=1e-5), measure
+
+
+def _history(root, model):
+    history = json.loads((root / model / "history.json").read_text())
+    return [history["start"], *history["epochs"]]
+
+
+@pytest.mark.parametrize("name", ["streamed", "held"])
+def test_two_workers_see_the_losses_of_one_process(gangs, tmp_path, name):
+    """With an uneven last batch, clipping, dropout, batch norm, mixup and class weights."""
     from tests.unit.test_training_loop import run
 
-    root, _ = disturbed
     history, _ = run(tmp_path / "one")
-    one = [history.start, *history.epochs]
-    for name in ("whole", "held"):
-        two = gang.printed(root / "killed")[name]["history"]
-        assert len(one) == len(two)
-        for a, b in zip(one, two, strict=True):
-            for measure in a.keys() - {"seconds"}:
-                assert a[measure] == pytest.approx(b[measure], abs=1e-5), (name, measure)
+    root, _ = gangs
+    _same_losses([history.start, *history.epochs], gang.printed(root / "killed")[name]["history"])
 
 
-def test_workers_end_with_the_same_bits_and_know_how_long_they_waited(disturbed):
-    root, _ = disturbed
+@pytest.mark.parametrize(
+    "model", ["job/train-head/model", "job/fine-tune/model", "whole"], ids=["head", "suffix", "whole graph"]
+)
+def test_two_workers_see_the_losses_of_one_device_in_every_stage(alone, gangs, model):
+    """A head on features, the last block from boundary activations of views, and the whole graph from images."""
+    root, _ = gangs
+    _same_losses(_history(alone, model), _history(root, model))
+
+
+@pytest.mark.parametrize("model", ["job/train-head/model", "job/fine-tune/model"], ids=["head", "suffix"])
+def test_two_replicas_see_the_losses_of_one_device_in_every_stage(alone, replicas, model):
+    _same_losses(_history(alone, model), _history(replicas, model))
+
+
+def test_workers_end_with_the_same_bits_and_know_how_long_they_waited(gangs):
+    root, _ = gangs
     chief, other = (gang.printed(root / "killed", index) for index in (0, 1))
     assert chief == other
-    last = chief["whole"]["history"][-1]
+    last = chief["streamed"]["history"][-1]
     assert last["num_steps"] == 3
     assert last["images_per_second"] > 0
     assert last["scaling_efficiency"] == pytest.approx(1 - last["waiting_fraction"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("gang_name", "name", "codes"),
-    [("killed", "worker", [75, -9]), ("chief_killed", "chief", [-9, 75]), ("stopped", "stop", [143, 143])],
+    ("before", "name", "codes", "after"),
+    [
+        ("killed", "worker", [75, -9], "chief_killed"),
+        ("chief_killed", "chief", [-9, 75], "stopped"),
+        ("stopped", "stop", [143, 143], "frozen"),
+    ],
     ids=["worker killed", "chief killed", "worker stopped"],
 )
-def test_a_gang_that_is_started_again_ends_with_the_same_bits(disturbed, gang_name, name, codes):
-    root, found = disturbed
-    assert found[gang_name] == codes
-    after = {"worker": "chief_killed", "chief": "stopped", "stop": "frozen"}[name]
-    whole = gang.printed(root / "killed")["whole"]
+def test_a_gang_that_is_started_again_ends_with_the_same_bits(gangs, before, name, codes, after):
+    root, found = gangs
+    assert found[before] == codes
+    undisturbed = gang.printed(root / "killed")["streamed"]
     for index in (0, 1):
         again = gang.printed(root / after, index)[name]
-        assert again["digest"] == whole["digest"]
-        assert [e["train_loss"] for e in again["history"][1:]] == [
-            e["train_loss"] for e in whole["history"][1:]
-        ]
-    assert "continuing" in (root / after / "0.err").read_text()
+        assert again["digest"] == undisturbed["digest"]
+        losses = [[epoch["train_loss"] for epoch in row["history"][1:]] for row in (again, undisturbed)]
+        assert losses[0] == losses[1]
+    assert '"continuing"' in (root / after / "0.err").read_text()
 
 
-def test_a_frozen_worker_ends_the_others_with_the_code_to_start_again(disturbed):
-    root, codes = disturbed
+def test_a_frozen_worker_ends_the_others_with_the_code_to_start_again(gangs):
+    root, codes = gangs
     assert codes["frozen"] == [75, -9]  # the frozen one was killed by this test
     assert "Start all of them again" in (root / "frozen" / "0.out").read_text()
 
 
-def test_a_peer_that_never_starts_ends_the_others_with_the_code_to_start_again(tmp_path):
-    (tmp_path / "run.yaml").write_text(gang.CONFIG)
-    _pretend_prepared(tmp_path / "job")
+def test_a_peer_that_never_starts_ends_the_others_with_the_code_to_start_again(alone, tmp_path):
+    _prepare(alone, tmp_path)
     started = time.monotonic()
     processes = gang.start(
         tmp_path / "g", "job:train", num_workers=2, num_started=1, KUBEGRAFT_START_SECONDS="1"
     )
     assert gang.finish(processes) == [75]
     assert time.monotonic() - started < 60
-    report = json.loads((tmp_path / "g" / "0.termination").read_text())["kubegraft_report"]
-    assert report["exit_code"] == 75
-    assert "Not all workers came" in report["message"]
+    report = parse_report((tmp_path / "g" / "0.termination").read_text())
+    assert report is not None
+    assert (report.exit_code, report.error) == (75, "PeerLost")
+    assert "Not all workers came" in report.message
 
 
-def _pretend_prepared(directory):
-    dataset = directory / "ingest" / "dataset"
-    dataset.mkdir(parents=True)
-    result = {"stage": "ingest", "digest": "0" * 64, "metrics": {}, "provenance": {}}
-    (dataset / "result.json").write_text(json.dumps(result))
+def test_workers_compute_the_frozen_blocks_once_for_each_image_together(alone, gangs):
+    root, _ = gangs
+    one, two = (
+        json.loads((where / "job/train-head/model/result.json").read_text())["metrics"]
+        for where in (alone, root)
+    )
+    assert two["features_computed"] == one["features_computed"] == 39
+    assert two["images_per_second"] > 0
+    assert "images_per_second" not in one
+
+
+def test_the_chief_alone_reports(gangs):
+    root, _ = gangs
+    report = latest_report((root / "killed" / "0.out").read_text())
+    assert report is not None
+    assert (report.stage, report.progress, report.done, report.exit_code) == ("fine_tune", 100, True, 0)
+    assert {"validation_accuracy", "images_per_second", "scaling_efficiency"} <= set(report.metrics)
+    assert latest_report((root / "killed" / "1.out").read_text()) is None
+
+
+def test_a_trained_job_is_not_trained_again(gangs):
+    root, _ = gangs
+    for index in (0, 1):
+        events = (root / "frozen" / f"{index}.err").read_text()
+        assert '"started"' not in events
+        last = parse_report((root / "frozen" / f"{index}.termination").read_text())
+        assert last is not None
+        assert last.done
+
+
+def test_a_job_ends_in_an_evaluated_export(alone):
+    report = parse_report((alone / "termination").read_text())
+    assert report is not None
+    assert (report.stage, report.done) == ("export", True)
+    wanted = {"validation_accuracy", "test_accuracy", "test_accuracy_low", "test_accuracy_high"}
+    assert wanted <= set(report.metrics)
+    assert report.model_uri == str(alone / "job" / "model")
+    assert (alone / "job" / "model" / "result.json").exists()
+    assert (alone / "job" / "report.html").exists()
 
 
 def cluster(task="worker", index=0, **jobs):

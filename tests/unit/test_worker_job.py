@@ -1,115 +1,126 @@
-"""The parts of a job as pods run them: prepare, train on one device, two replicas and two workers, finish."""
+"""How the parts of a job report and end; what they do together is in `test_training_cluster`."""
 
-import json
-import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from kubegraft.job_report import latest_report, parse_report
-from tests import gang
-from tests.conftest import draw_image
+from kubegraft.job_reporter import Reporter
+from kubegraft.worker_job import run_part
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    """The same job on one device, on two replicas and on two workers, after one `prepare`."""
-    root = tmp_path_factory.mktemp("jobs")
-    for class_number in range(3):
-        folder = root / "images" / f"class_{class_number}"
-        folder.mkdir(parents=True)
-        for number in range(14):
-            draw_image(class_number, number, 24).save(folder / f"{number}.png")
-    (root / "one").mkdir()
-    (root / "one" / "run.yaml").write_text(gang.CONFIG + f"ingest: {{source: {root / 'images'}}}\n")
-    codes = {"prepare": gang.finish(gang.start(root / "one" / "prepare", "job:prepare", "job:prepare"))}
-    for name in ("replicas", "workers"):
-        shutil.copytree(root / "one", root / name)
-    actions = ("job:train", "tune:suffix")
-    codes["one"] = gang.finish(gang.start(root / "one" / "gang", *actions, "job:train", "job:finish"))
-    codes["replicas"] = gang.finish(gang.start(root / "replicas" / "gang", "replicas", *actions))
-    codes["workers"] = gang.finish(
-        gang.start(root / "workers" / "gang", *actions, "job:train", num_workers=2)
-    )
-    return root, codes
+@pytest.fixture
+def termination(tmp_path, monkeypatch):
+    path = tmp_path / "termination"
+    monkeypatch.setenv("KUBEGRAFT_TERMINATION_FILE", str(path))
+    return path
 
 
-def test_every_part_ends_well(jobs):
-    _, codes = jobs
-    assert codes == {"prepare": [0], "one": [0], "replicas": [0], "workers": [0, 0]}
+def call(part, tmp_path):
+    return run_part(part, str(tmp_path / "run.yaml"), str(tmp_path / "job"))
 
 
-@pytest.mark.parametrize("where", ["replicas", "workers"])
-@pytest.mark.parametrize("model", ["job/train-head/model", "job/fine-tune/model", "suffix"])
-def test_losses_are_those_of_one_device(jobs, where, model):
-    """Head on features, whole graph from varied images, and from boundary activations."""
-    root, _ = jobs
-    one, other = (json.loads((root / name / model / "history.json").read_text()) for name in ("one", where))
-    assert len(one["epochs"]) == len(other["epochs"]) > 1
-    for a, b in zip([one["start"], *one["epochs"]], [other["start"], *other["epochs"]], strict=True):
-        for measure in a.keys() - {"seconds"}:
-            assert a[measure] == pytest.approx(b[measure], abs=1e-5), measure
-
-
-def test_the_frozen_blocks_are_computed_once_for_each_image_by_all_workers_together(jobs):
-    root, _ = jobs
-    results = {
-        name: json.loads((root / name / "job/train-head/model/result.json").read_text())["metrics"]
-        for name in ("one", "workers")
-    }
-    assert results["workers"]["features_computed"] == results["one"]["features_computed"] == 39
-    assert results["workers"]["images_per_second"] > 0
-    assert "images_per_second" not in results["one"]
-
-
-def test_the_chief_alone_reports_and_all_leave_a_last_word(jobs):
-    root, _ = jobs
-    directory = root / "workers" / "gang"
-    report = latest_report((directory / "0.out").read_text())
-    assert report is not None
-    assert (report.stage, report.progress, report.done, report.exit_code) == ("fine_tune", 100, True, 0)
-    assert {"validation_accuracy", "images_per_second", "scaling_efficiency"} <= set(report.metrics)
-    assert latest_report((directory / "1.out").read_text()) is None
-    for index in (0, 1):
-        last = parse_report((directory / f"{index}.termination").read_text())
-        assert last is not None
-        assert last.done
-
-
-def test_a_job_ends_in_an_evaluated_export(jobs):
-    root, _ = jobs
-    report = latest_report((root / "one" / "gang" / "0.out").read_text())
-    assert report is not None
-    assert (report.stage, report.done) == ("export", True)
-    assert {"validation_accuracy", "test_accuracy", "test_accuracy_low", "test_accuracy_high"} <= set(
-        report.metrics
-    )
-    assert report.model_uri == str(root / "one" / "job" / "model")
-    assert (root / "one" / "job" / "model" / "result.json").exists()
-    assert (root / "one" / "job" / "report.html").exists()
-
-
-def test_what_is_prepared_is_not_prepared_again(jobs):
-    root, _ = jobs
-    events = (root / "one" / "prepare" / "0.err").read_text()
-    assert events.count('"finished"') == 1
-    report = latest_report((root / "one" / "prepare" / "0.out").read_text())
-    assert report is not None
-    assert report.done
-    assert len(report.dataset_digest) == 64
+def test_what_is_prepared_is_not_prepared_again(image_folder, tmp_path, termination, capfd):
+    source = image_folder()
+    (tmp_path / "run.yaml").write_text(f"ingest: {{source: {source}}}\nhead: {{weights: none}}\n")
+    assert call("prepare", tmp_path) == 0
+    first = parse_report(termination.read_text())
+    assert first is not None
+    assert first.done
+    assert len(first.dataset_digest) == 64
+    assert "ingest: finished" in capfd.readouterr().err
+    (source / "class_0" / "0.png").unlink()
+    assert call("prepare", tmp_path) == 0
+    assert parse_report(termination.read_text()) == first
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("config", "code", "error"),
-    [("head: {backbone: resnet51}", 2, "ConfigError"), ("ingest: {source: /nowhere}", 2, "ConfigError")],
+    "config",
+    ["head: {backbone: resnet51}", "fine_tune: {num_blocks: 999}", "ingest: {source: /nowhere}", "heads: 3"],
 )
-def test_a_mistake_is_reported_with_its_exit_code(tmp_path, monkeypatch, capsys, config, code, error):
-    from kubegraft.worker_job import run_part
-
+def test_a_mistake_is_reported_with_its_exit_code(tmp_path, termination, capsys, config):
     (tmp_path / "run.yaml").write_text(config)
-    monkeypatch.setenv("KUBEGRAFT_TERMINATION_FILE", str(tmp_path / "termination"))
-    assert run_part("prepare", str(tmp_path / "run.yaml"), str(tmp_path / "job")) == code
-    report = parse_report((tmp_path / "termination").read_text())
+    assert call("prepare", tmp_path) == 2
+    report = parse_report(termination.read_text())
     assert report is not None
-    assert (report.exit_code, report.error, report.done) == (code, error, False)
-    assert "Received" in report.message
+    assert (report.exit_code, report.error, report.done) == (2, "ConfigError", False)
     assert latest_report(capsys.readouterr().out) == report
+
+
+def test_what_nobody_foresaw_is_reported_too(tmp_path, termination, monkeypatch, capsys):
+    from kubegraft import worker_job
+
+    def fail(_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(worker_job, "load_run_config", fail)
+    assert call("finish", tmp_path) == 1
+    report = parse_report(termination.read_text())
+    assert report is not None
+    assert (report.exit_code, report.error, report.message) == (1, "", "RuntimeError: out of luck")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_reports_are_few(termination, capsys):
+    reporter = Reporter()
+    reporter.begin("train_head")
+    for done in range(1001):
+        reporter.observe("features", done, 1000)
+    for done in range(1001):
+        reporter.observe("train_head", done, 1000)
+    reporter.finish({"validation_accuracy": 0.5, "num_epochs": 3})
+    lines = [parse_report(line) for line in capsys.readouterr().out.splitlines()]
+    assert [report.progress for report in lines] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
+    assert lines[-1].metrics == {"validation_accuracy": 0.5}
+    assert not termination.exists()
+
+
+STOPPED_IN_NATIVE_CODE = """
+import ctypes, os
+from kubegraft.job_reporter import Reporter
+from kubegraft.processes import before_stopping, catch_stop_signals, watch_for_stop
+catch_stop_signals()
+watch_for_stop()
+before_stopping(lambda: Reporter().fail(143, "Interrupted", "asked to stop"))
+print("ready", flush=True)
+while True:
+    ctypes.CDLL(None).pause()  # returns to Python only for a moment; the thread does not need that
+"""
+
+
+def test_a_stop_is_obeyed_and_reported_while_native_code_waits(termination):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED_IN_NATIVE_CODE], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    process.stdout.close()
+    report = parse_report(termination.read_text())
+    assert report is not None
+    assert (report.exit_code, report.error) == (143, "Interrupted")
+
+
+WATCHED = """
+import ctypes, sys
+from kubegraft.training.watchdog import Watchdog
+dog = Watchdog()
+dog.last_words = lambda reason: print(reason, flush=True)
+dog.arm(30, "never")
+dog.disarm()
+dog.arm(0.1, "too long")
+if sys.argv[1] == "locked":
+    ctypes.PyDLL(None).sleep(60)  # holds Python's lock, as TensorFlow does while it waits for peers
+ctypes.CDLL(None).sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("how", "words"), [("locked", ""), ("free", "too long\n")])
+def test_the_watchdog_ends_a_process_that_hangs(how, words):
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, how], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (75, words)

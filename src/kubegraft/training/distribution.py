@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Final
@@ -43,6 +44,12 @@ def make_strategy(devices: Sequence[str] | None = None) -> Any:
         return tf.distribute.OneDeviceStrategy("CPU:0")
     if len(names) == 1 and "CPU" in names[0].upper():
         return tf.distribute.OneDeviceStrategy(names[0])
+    return _mirrored(tuple(names))
+
+
+@functools.cache
+def _mirrored(names: tuple[str, ...]) -> Any:
+    """Return the one strategy of these devices: a second one would number its collectives from the start again."""
     return tf.distribute.MirroredStrategy(names)
 
 
