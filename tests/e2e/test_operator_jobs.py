@@ -205,7 +205,8 @@ def test_the_operator_may_do_no_more_than_it_needs(operator):
     assert may("patch", "transferjobs.kubegraft.dev", "--subresource=status")
     for what in (
         ("get", "secrets"), ("list", "secrets"), ("list", "configmaps"), ("create", "pods"), ("delete", "pods"),
-        ("create", "pods", "--subresource=exec"), ("get", "nodes"), ("create", "rolebindings.rbac.authorization.k8s.io"),
+        ("create", "pods", "--subresource=exec"), ("get", "nodes"),
+        ("create", "rolebindings.rbac.authorization.k8s.io"),
         ("patch", "transferjobs.kubegraft.dev"), ("update", "customresourcedefinitions.apiextensions.k8s.io"),
         ("get", "leases.coordination.k8s.io"),
     ):  # fmt: skip

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FIELD_MANAGER: Final = "kubegraft"
 _SECONDS: Final = 30.0
+_LOG_SECONDS: Final = 5.0  # a lost node must not hold a worker for long
 # Between two messages of a watch; the server sends a bookmark every minute.
 _SILENT_SECONDS: Final = 100.0
 _WATCH_SECONDS: Final = 600
@@ -226,16 +227,13 @@ class Api:
                 raise
 
     async def log(self, namespace: str, pod: str, *, tail_lines: int) -> str:
-        """Return the end of a pod's log; "" where there is none (yet, or any more)."""
+        """Return the end of a pod's log; "" where there is none (yet, or any more), or its node does not answer."""
         path = path_of("Pod", namespace, pod, "log")
         query = {"tailLines": str(tail_lines), "limitBytes": str(256 << 10)}
         try:
-            found = await self._call("GET", path, query=query, text=True)
-        except ApiError as error:
-            if error.status:
-                return ""
-            raise
-        return str(found)
+            return str(await self._call("GET", path, query=query, text=True, seconds=_LOG_SECONDS))
+        except ApiError:
+            return ""
 
     async def is_served(self, kind: str) -> bool:
         """Return whether the API server knows a kind."""
@@ -266,12 +264,13 @@ class Api:
         body: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
         text: bool = False,
+        seconds: float = _SECONDS,
     ) -> Any:
         import aiohttp
 
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         headers = {**self._headers(), "Content-Type": content_type}
-        timeout = aiohttp.ClientTimeout(total=_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.request(
                 method, path, params=query, data=data, headers=headers, timeout=timeout

@@ -11,6 +11,7 @@ from typing import Any, Final
 from kubegraft.controller.api import Api, ApiError
 from kubegraft.reporting.events import log_event
 
+_MOMENT_SECONDS: Final = 0.05
 _FORMAT: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
@@ -52,9 +53,14 @@ class Leader:
 
     async def keep(self) -> None:
         """Renew the lease until that fails for too long, or somebody else has it; then return."""
-        while time.monotonic() - self._renewed < self.seconds * 2 / 3:
-            await asyncio.sleep(self.seconds / 5)
-            if not await self._try() and self._lease.get("spec", {}).get("holderIdentity") != self.identity:
+        while (left := self._renewed + self.seconds * 2 / 3 - time.monotonic()) > 0:
+            pause = min(self.seconds / 5, left)
+            await asyncio.sleep(pause)
+            try:
+                held = await asyncio.wait_for(self._try(), timeout=max(left - pause, _MOMENT_SECONDS))
+            except TimeoutError:
+                continue  # whoever does not answer in time may have given the lease to somebody
+            if not held and self._lease.get("spec", {}).get("holderIdentity") != self.identity:
                 break
 
     async def give_back(self) -> None:
@@ -69,23 +75,24 @@ class Leader:
 
     async def _try(self) -> bool:
         """Take or renew the lease; return whether this replica has it."""
+        asked = time.monotonic()
         try:
             found = await self.api.get("Lease", self.namespace, self.name)
             if found is None:
-                self._hold(await self.api.create(self._manifest({})))
+                self._hold(await self.api.create(self._manifest({})), asked)
                 return True
             self._lease = found
             if not self._may_take(found):
                 return False
-            self._hold(await self.api.update(self._manifest(found)))
+            self._hold(await self.api.update(self._manifest(found)), asked)
         except ApiError as error:
             if not error.conflict:
                 log_event("operator", "warning", text=f"lease: {error}")
             return False
         return True
 
-    def _hold(self, lease: dict[str, Any]) -> None:
-        self._lease, self._renewed = lease, time.monotonic()
+    def _hold(self, lease: dict[str, Any], asked: float) -> None:
+        self._lease, self._renewed = lease, asked
 
     def _may_take(self, lease: dict[str, Any]) -> bool:
         spec = lease.get("spec", {})
