@@ -44,7 +44,10 @@ Key = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """How a pod ends: its exit code, Kubernetes' word for it, the error in its report; `hangs` never ends."""
+    """How a pod ends: its exit code, Kubernetes' word for it, the error in its report; `hangs` never ends.
+
+    What `vanishes` leaves no object, as a pod deleted by force; its Job has counted it nevertheless.
+    """
 
     exit_code: int = 0
     killed_by: str = "Error"
@@ -52,6 +55,7 @@ class Fate:
     message: str = ""
     disrupted: bool = False
     hangs: bool = False
+    vanishes: bool = False
 
 
 WELL = Fate(killed_by="Completed")
@@ -64,6 +68,8 @@ BAD_DATA = Fate(exit_code=3, error="DataError", message="`source` has no images.
 DIVERGED = Fate(exit_code=5, error="DivergenceError", message="The loss is not a number.")
 FULL_DISK = Fate(exit_code=8, error="StorageError", message="No space left on device: '/artifacts/signs'.")
 PEER_LOST = Fate(exit_code=75)
+KILLED = Fate(exit_code=137)
+VANISHED = Fate(exit_code=137, vanishes=True)
 NODE_LOST = Fate(exit_code=143, disrupted=True)
 HANGS = Fate(hangs=True)
 
@@ -128,8 +134,8 @@ def ended(pod: Manifest, fate: Fate, now: datetime, report: Report | None = None
 
 
 def last_report(role: str, fate: Fate) -> Report | None:
-    """Return what a pod leaves: nothing, if it was killed for memory."""
-    if fate.killed_by == "OOMKilled":
+    """Return what a pod leaves: nothing, if it was killed."""
+    if fate.exit_code == KILLED.exit_code:
         return None
     if fate.exit_code:
         return Report(stage=STAGES[role][0], error=fate.error, message=fate.message, exit_code=fate.exit_code)
@@ -160,6 +166,9 @@ class World:
     logs: dict[str, Report] = dataclasses.field(default_factory=dict)
     snapshots: list[tuple[datetime, dict[Key, Manifest]]] = dataclasses.field(default_factory=list)
     events: list[Event] = dataclasses.field(default_factory=list)
+    vanished: set[str] = dataclasses.field(
+        default_factory=set
+    )  # parts of the present attempt that lost a pod
     writes: int = 0
     version: int = 0
 
@@ -376,13 +385,17 @@ class World:
             fate = self.fate(role, attempt, index) if not replaced else WELL
             if self.logs[name].progress == 0:
                 self.logs[name] = Report(stage=STAGES[role][-1], progress=50, metrics=METRICS[role])
+            elif fate.vanishes:
+                self.remove(("Pod", name))
+                self.logs.pop(name)
+                self.vanished.add(role)
             elif not fate.hangs:
                 self.put(ended(pod, fate, self.now, last_report(role, fate)))
                 self.logs.pop(name)
 
     def _job_failure(self, role_job: Manifest, role: str) -> str:
         """Return why the Job fails by its own pod failure policy and backoff limit, or ""."""
-        counted = 0
+        counted = int(role in self.vanished)
         for pod in self._pods():
             labels = pod["metadata"]["labels"]
             if labels[ROLE_LABEL] != role or pod["status"]["phase"] != "Failed":
@@ -395,6 +408,7 @@ class World:
 
     def _fail_job(self, jobset: Manifest, status: Manifest, role: str, reason: str) -> None:
         policy = jobset["spec"]["failurePolicy"]
+        self.vanished.clear()
         action = next(
             (
                 rule["action"]
@@ -487,9 +501,15 @@ def settle(world: World, steps: int = 400) -> None:
         world.admit()
         world.step()
         quiet = 0 if operate_fresh(world) else quiet + 1
-        if quiet > 7 and not _goes_on(world):  # longer than any time to live
+        if quiet > _longest_pause(world) and not _goes_on(world):
             return
     raise AssertionError("the world never comes to rest")
+
+
+def _longest_pause(world: World) -> int:
+    """Return the steps after which nothing more can come: longer than any time to live."""
+    job = world.get("TransferJob")
+    return 7 if job and "ttlSecondsAfterFinished" in job["spec"] else 2
 
 
 def _goes_on(world: World) -> bool:

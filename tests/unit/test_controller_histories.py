@@ -17,9 +17,12 @@ from tests.controller_world import (
     DIVERGED,
     FULL_DISK,
     HANGS,
+    KILLED,
     NODE_LOST,
     OUT_OF_MEMORY,
     PEER_LOST,
+    VANISHED,
+    WELL,
     Fate,
     World,
     fate_table,
@@ -33,6 +36,7 @@ from tests.controller_world import (
 NUM_HISTORIES = 2000
 SHARDS = 4
 ENDLESS = ("train", -1, HANGS)
+STUCK = (("train", -1, PEER_LOST), ("train", -1, KILLED), ("train", -1, VANISHED))
 FAULTS = (
     ("prepare", 0, CRASH),
     ("prepare", 0, NODE_LOST),
@@ -43,17 +47,33 @@ FAULTS = (
     ("train", 0, NODE_LOST),
     ("train", 1, NODE_LOST),
     ("train", 0, CRASH),
-    ("train", 1, OUT_OF_MEMORY),
+    ("train", 0, KILLED),
+    ("train", 1, KILLED),
+    ("train", 0, VANISHED),
+    ("prepare", -1, OUT_OF_MEMORY),
     ("train", -1, OUT_OF_MEMORY),
     ("train", -1, FULL_DISK),
     ("train", -1, CRASH),
     ("train", -1, DIVERGED),
     ("finish", 0, NODE_LOST),
     ("finish", 0, CRASH),
+    ("finish", -1, OUT_OF_MEMORY),
     ("finish", -1, Fate(exit_code=7, error="ExportError", message="The export answers otherwise.")),
 )
-# What depends on when it was looked at: an operator that is away lets a JobSet try once more what can't succeed.
-FINAL_IN_TRAINING = "TrainingDiverged"
+# What the operator ends, and a JobSet would try once more while it is away; so restarts depend on when it looks.
+ENDED_BY_OPERATOR = (DIVERGED, OUT_OF_MEMORY)
+WHEN_SEEN = ("TrainingDiverged", "OutOfMemory", "NoProgress")
+
+
+DEPENDS_ON_LOOKS = (
+    "startTime",
+    "completionTime",
+    "acceleratorHours",
+    "earlierAcceleratorHours",
+    "restartsWithoutProgress",
+    "exactProgress",
+    "lastEnds",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +93,13 @@ def random_story(rng: random.Random) -> Story:
     if rng.random() < 0.2:
         spec["ttlSecondsAfterFinished"] = rng.choice((0, 30))
     if any(
-        fate is DIVERGED for _, _, fate in faults
-    ):  # other ends may come first, where the operator is away
-        faults = tuple(each for each in faults if each[1] == 0 or each[2] is DIVERGED)
+        fate in ENDED_BY_OPERATOR for _, _, fate in faults
+    ):  # else other ends come first, where it is away
+        faults = tuple(each for each in faults if each[1] == 0 or each[2] in ENDED_BY_OPERATOR)
     if rng.random() < 0.1:
         faults, spec = (ENDLESS,), {**spec, "activeDeadlineSeconds": 90}
+    elif rng.random() < 0.03:
+        faults = (rng.choice(STUCK),)
     suspensions: tuple[int, ...] = ()
     # A JobSet that was in a queue and suspended is made anew, and with it the count of its restarts.
     if rng.random() < 0.3 and not (faults and "queueName" in spec):
@@ -104,7 +126,7 @@ def ending(world: World) -> dict:
         return {"objects": sorted(world.objects)}
     status = dict(job["status"])
     conditions = list(statuses(status.pop("conditions")))
-    for name in ("startTime", "completionTime", "acceleratorHours", "earlierAcceleratorHours"):
+    for name in DEPENDS_ON_LOOKS:
         status.pop(name, None)
     kinds = sorted(key for key in world.objects if key[0] in ("TransferJob", "ConfigMap"))
     failed = next((reason for kind, _, reason, _ in conditions if kind == "Failed"), "")
@@ -115,8 +137,8 @@ def ending(world: World) -> dict:
             status.pop(name, None)
     else:
         kinds += [("JobSet", each["metadata"]["name"]) for each in world.of_kind("JobSet")]
-    if failed == FINAL_IN_TRAINING:
-        status.pop("restarts")
+    if failed in WHEN_SEEN:
+        del status["restarts"], status["uncountedRestarts"]
         conditions = [condition[:3] for condition in conditions]
     return {"objects": kinds, "status": status, "conditions": conditions}
 
@@ -154,4 +176,42 @@ def test_a_job_ends_the_same_way_whatever_its_operator_misses(shard):
         story = random_story(rng)
         world = disturbed(story, rng)
         assert ending(world) == undisturbed(story), f"seed {seed}: {story}"
-        assert world.writes <= 30 + 2 * len(story.suspensions), f"seed {seed}: {world.writes} writes, {story}"
+        most = 30 + 2 * len(story.suspensions) + (60 if story.faults and story.faults[0] in STUCK else 0)
+        assert world.writes <= most, f"seed {seed}: {world.writes} writes, {story}"
+
+
+@pytest.mark.parametrize("fault", STUCK)
+def test_uncounted_restarts_that_lead_nowhere_end(fault):
+    world = beginning(Story((fault,), (("maxRestarts", 0), ("nodes", 2)), ()))
+    settle(world)
+    status = world.get("TransferJob")["status"]
+    (failed,) = [each for each in status["conditions"] if each["type"] == "Failed"]
+    assert failed["reason"] == "NoProgress"
+    assert status["restarts"] == status["uncountedRestarts"] == 11
+    assert status["restartsWithoutProgress"] == 11
+    assert "10 times in a row" in failed["message"]
+    assert "fine_tune" in failed["message"]
+    assert ("nothing is left" if fault[2] is VANISHED else str(fault[2].exit_code)) in failed["message"]
+
+
+@pytest.mark.parametrize(
+    ("gang", "counted"),
+    [
+        ((CRASH, PEER_LOST), 1),
+        ((PEER_LOST, CRASH), 1),
+        ((FULL_DISK, KILLED), 1),
+        ((KILLED, PEER_LOST), 0),
+        ((NODE_LOST, PEER_LOST), 0),
+        ((VANISHED, PEER_LOST), 0),
+        ((VANISHED, CRASH), 1),
+    ],
+)
+def test_only_errors_of_the_program_count_whichever_worker_they_meet(gang, counted):
+    world = World(fate=lambda role, attempt, index: gang[index] if (role, attempt) == ("train", 0) else WELL)
+    world.put(transfer_job(nodes=2))
+    settle(world)
+    (jobset,) = world.of_kind("JobSet")
+    assert (jobset["status"]["restarts"], jobset["status"]["restartsCountTowardsMax"]) == (1, counted)
+    status = world.get("TransferJob")["status"]
+    assert (status["restarts"], status["uncountedRestarts"]) == (1, 1 - counted)
+    assert status["progress"] == 100

@@ -97,6 +97,27 @@ def test_parts_follow_one_another():
     ]
 
 
+def test_only_the_programs_own_errors_count_in_training():
+    (rule,) = jobs_of(transfer_job())["train"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    counted = rule["onExitCodes"]["values"]
+    assert counted == list(range(1, 11))
+    assert not {0, 75, 130, 134, 137, 143} & set(counted)
+    rules = render_jobset(transfer_job(), SETTINGS)["spec"]["failurePolicy"]["rules"]
+    table = {
+        (role, why): each["action"]
+        for each in rules
+        for role in each["targetReplicatedJobs"]
+        for why in each["onJobFailureReasons"]
+    }
+    assert table == {
+        ("prepare", "PodFailurePolicy"): "FailJobSet",
+        ("finish", "PodFailurePolicy"): "FailJobSet",
+        ("train", "PodFailurePolicy"): "RestartJobSet",
+        ("train", "BackoffLimitExceeded"): "RestartJobSetAndIgnoreMaxRestarts",
+    }
+
+
 def test_workers_find_each_other_by_name_and_know_their_index():
     job = transfer_job(nodes=2)
     name = jobset_name(job)

@@ -16,6 +16,7 @@ from tests.controller_world import (
     CRASH,
     DIVERGED,
     FULL_DISK,
+    KILLED,
     NODE_LOST,
     OUT_OF_MEMORY,
     PEER_LOST,
@@ -309,7 +310,7 @@ def test_a_pod_that_can_not_end_names_its_lost_node():
         (NODE_LOST, "Restarting"),
         (PEER_LOST, "Restarting"),
         (CRASH, "Crashed"),
-        (OUT_OF_MEMORY, "OutOfMemory"),
+        (KILLED, "Killed"),
     ],
 )
 def test_a_restart_is_told_with_its_cause(fate, reason):
@@ -336,6 +337,87 @@ def test_what_training_can_not_mend_ends_the_job_at_once():
     (delete,) = only(actions, Delete)
     assert (delete.kind, delete.name, delete.uid, delete.resource_version) == ("JobSet", NAME, "uid-js", "7")
     assert actions.index(only(actions, PatchStatus)[0]) < actions.index(delete)
+
+
+@pytest.mark.parametrize("role", ["prepare", "train", "finish"])
+@pytest.mark.parametrize("restarts", [0, 1])  # 1: seen only when the JobSet has started again already
+def test_memory_that_is_too_little_ends_the_job_at_once_in_any_part(role, restarts):
+    job = transfer_job()
+    pods = [end_pod("train", PEER_LOST), end_pod(role, OUT_OF_MEMORY, index=1)]
+    actions = act(job, jobset_of(job, restarts=restarts), pods=pods)
+    assert told(actions, "Failed")[:2] == ("True", "OutOfMemory")
+    for words in ("limit of 8Gi", "resources.limits.memory", "batch_size"):
+        assert words in told(actions, "Failed")[2]
+    assert [delete.kind for delete in only(actions, Delete)] == ["JobSet"]
+
+
+def test_a_pod_that_lost_a_child_for_memory_and_ended_well_is_no_failure():
+    job = transfer_job()
+    survivor = end_pod("prepare", Fate(killed_by="OOMKilled"))
+    assert find(status_after(act(job, jobset_of(job), pods=[survivor]))["conditions"], "Failed") == {}
+
+
+def stalled_job(seen=10, percent=40, **status):
+    job = transfer_job()
+    before = {
+        "restarts": 10,
+        "uncountedRestarts": 10,
+        "restartsWithoutProgress": seen,
+        "exactProgress": percent,
+    }
+    job["status"] = {**before, "stage": "fine_tune", "progress": 40, **status}
+    return job
+
+
+def test_one_restart_too_many_without_progress_ends_the_job_with_what_was_seen_last():
+    job = stalled_job(lastEnds="train exit code 75: worker 1 did not answer.")
+    assert not only(act(job, jobset_of(job, restarts=10)), Delete)
+    actions = act(job, jobset_of(job, restarts=11))
+    assert told(actions, "Failed")[:2] == ("True", "NoProgress")
+    for words in (
+        "10 times in a row",
+        "40 % (stage fine_tune)",
+        "worker 1 did not answer",
+        "create the job anew",
+    ):
+        assert words in told(actions, "Failed")[2]
+    assert status_after(actions)["restartsWithoutProgress"] == 11
+    assert only(actions, Delete)
+    lost = {**pod_of(NAME, "train"), "status": {"phase": "Failed", "reason": "Evicted"}}
+    bare = {**pod_of(NAME, "train", index=1), "status": {"phase": "Failed"}}
+    pods = [end_pod("train", KILLED, index=2), lost, bare]
+    message = told(act(job, jobset_of(job, restarts=11), pods=pods), "Failed")[2]
+    assert "train Evicted; train no exit code; train exit code 137: Error." in message
+    unseen = stalled_job(stage="")
+    assert "nothing is left" in told(act(unseen, jobset_of(unseen, restarts=11)), "Failed")[2]
+    assert "not begun" in told(act(unseen, jobset_of(unseen, restarts=11)), "Failed")[2]
+
+
+@pytest.mark.parametrize(
+    ("before", "jobset", "report", "after"),
+    [
+        ({}, {"restarts": 11}, Report(stage="fine_tune", progress=3), 0),  # 41 %: less than a step of ten
+        ({}, {"restarts": 11}, Report(stage="evaluate"), 0),
+        ({"stage": "train_head"}, {"restarts": 11}, Report(stage="fine_tune"), 0),
+        ({}, {"restarts": 11, "restartsCountTowardsMax": 1}, Report(stage="fine_tune"), 10),
+        ({"restartsWithoutProgress": 3}, {"restarts": 14}, Report(stage="ingest", progress=100), 4),
+        ({"restartsWithoutProgress": 3}, {"restarts": 2}, Report(stage="odd", progress=99), 3),
+    ],
+)
+def test_only_uncounted_restarts_in_a_row_that_were_seen_without_progress_count(
+    before, jobset, report, after
+):
+    job = stalled_job(**before)
+    pod = running(pod_of(NAME, "train", attempt=jobset["restarts"]), START)
+    actions = act(job, jobset_of(job, **jobset), pods=[pod], reports={pod["metadata"]["name"]: report})
+    assert status_after(actions)["restartsWithoutProgress"] == after
+    assert not only(actions, Delete)
+
+
+def test_patience_begins_anew_where_a_person_suspends_the_job():
+    job = stalled_job()
+    job["spec"]["suspend"] = True
+    assert status_after(act(job, jobset_of(job, restarts=11)))["restartsWithoutProgress"] == 0
 
 
 # Suspension, queues and deadlines.
@@ -484,6 +566,7 @@ FULL_POD = {
             "exit code 4",
         ),
         (end_pod("prepare", CRASH), "ReachedMaxRestarts", "TooManyRestarts", "2 times (maxRestarts)"),
+        (end_pod("prepare", KILLED), "ReachedMaxRestarts", "TooManyRestarts", "SIGKILL"),
         (end_pod("prepare", OUT_OF_MEMORY), "ReachedMaxRestarts", "OutOfMemory", "limit of 8Gi"),
         (end_pod("prepare", FULL_DISK), "ReachedMaxRestarts", "DiskFull", "Enlarge the volume"),
         ({**pod_of(NAME, "prepare"), "status": EVICTED}, "ReachedMaxRestarts", "Evicted", "low on resource"),
@@ -511,7 +594,10 @@ def test_memory_without_a_limit_is_told_without_one():
     pod = end_pod("prepare", OUT_OF_MEMORY)
     pod = {**pod, "spec": {"containers": [{"name": "kubegraft", "image": "image:1"}]}}
     job = transfer_job()
-    assert "than its limit and" in told(act(job, failed_jobset(job, "prepare"), pods=[pod]), "Failed")[2]
+    assert (
+        "than its node had, without a limit"
+        in told(act(job, failed_jobset(job, "prepare"), pods=[pod]), "Failed")[2]
+    )
 
 
 def test_the_pod_that_broke_the_gang_explains_the_failure_and_not_its_victims():

@@ -164,7 +164,8 @@ def _policy_properties() -> dict[str, Schema]:
             "default": False,
         },
         "maxRestarts": integer(
-            "How often the pods are started again after a crash. Lost nodes and preemption don't count.",
+            "How often the pods are started again after an error of the program. Training pods that were killed, "
+            "lost or preempted don't count.",
             0,
             100,
             DEFAULT_RESTARTS,

@@ -18,7 +18,15 @@ from kubegraft.controller.conditions import (
     moment,
     timestamp,
 )
-from kubegraft.controller.failures import CRASHED, TOO_MANY_RESTARTS, Failure, culprit, explain_end, explains
+from kubegraft.controller.failures import (
+    CRASHED,
+    TOO_MANY_RESTARTS,
+    WAS_KILLED,
+    Failure,
+    culprit,
+    explain_end,
+    explains,
+)
 from kubegraft.controller.job_pods import JobPod
 from kubegraft.controller.jobset import FINISH, PREPARE, TRAIN
 from kubegraft.controller.view import View, admitted, admitted_at, delete_jobset, has_ended, status_of, tell
@@ -89,7 +97,7 @@ def _failure_of(view: View, end: End, cause: JobPod | None) -> Failure:
     if end.reason != "ReachedMaxRestarts":
         return failure
     tried = f"It was started again {view.spec.max_restarts} times (maxRestarts)."
-    reason = TOO_MANY_RESTARTS if failure.reason == CRASHED else failure.reason
+    reason = TOO_MANY_RESTARTS if failure.reason in (CRASHED, WAS_KILLED) else failure.reason
     return Failure(reason, f"{failure.message} {tried}")
 
 

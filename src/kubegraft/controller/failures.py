@@ -13,7 +13,15 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from kubegraft.controller.job_pods import JobPod
-from kubegraft.controller.jobset import AGAIN, STOPPED, TRAIN, final_exit_codes
+from kubegraft.controller.jobset import (
+    AGAIN,
+    KILLED,
+    STOPPED,
+    TRAIN,
+    final_exit_codes,
+    program_exit_codes,
+)
+from kubegraft.controller.status_schema import MAX_ENDS, MAX_STALLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +44,14 @@ CONFIG_REJECTED: Final = "ConfigRejected"
 OUT_OF_MEMORY: Final = "OutOfMemory"
 DISK_FULL: Final = "DiskFull"
 CRASHED: Final = "Crashed"
+NO_PROGRESS: Final = "NoProgress"
+WAS_KILLED: Final = "Killed"
 INTERRUPTED: Final = "Interrupted"
 
 _FINAL: Final = final_exit_codes()
+_OWN: Final = program_exit_codes()
+_MAX_END: Final = 160
+_MAX_LISTED: Final = 3
 _BY_ERROR: Final = {
     "ConfigError": CONFIG_REJECTED,
     "DataError": "DataRejected",
@@ -79,12 +92,12 @@ _STUCK: Final = timedelta(seconds=60)
 
 def explain_end(pod: JobPod) -> Failure:
     """Return why a pod failed."""
-    if pod.killed_by == "OOMKilled":
-        limit = f" of {pod.memory}" if pod.memory else ""
+    if _out_of_memory(pod):
+        limit = f"its limit of {pod.memory}" if pod.memory else "its node had, without a limit,"
         return Failure(
             OUT_OF_MEMORY,
-            f"Pod {pod.name} needed more memory than its limit{limit} and was killed. Give `resources.limits.memory` "
-            "more, or take a smaller batch_size or input_size.",
+            f"Pod {pod.name} needed more memory than {limit} and was killed. Raise `resources.limits.memory`, or lower "
+            "`batch_size` or `input_size`, and create the job anew.",
         )
     said = _said(pod)
     if _NO_SPACE.search(said):
@@ -98,6 +111,11 @@ def explain_end(pod: JobPod) -> Failure:
     return _by_exit(pod, said)
 
 
+def _out_of_memory(pod: JobPod) -> bool:
+    """Return whether a pod died for want of memory; one that lost a child only, and went on to its end, did not."""
+    return pod.failed and pod.killed_by == "OOMKilled"
+
+
 def _said(pod: JobPod) -> str:
     if pod.report and pod.ended and pod.report.message:
         return pod.report.message
@@ -108,6 +126,11 @@ def _by_exit(pod: JobPod, said: str) -> Failure:
     if pod.exit_code in (AGAIN, STOPPED):
         return Failure(
             INTERRUPTED, f"Pod {pod.name} was interrupted (exit code {pod.exit_code}) and can go on."
+        )
+    if pod.exit_code == KILLED:
+        return Failure(
+            WAS_KILLED,
+            f"Pod {pod.name} was killed (SIGKILL, exit code {KILLED}), by its node or by somebody. {said}".rstrip(),
         )
     error = pod.report.error if pod.report and pod.ended else ""
     reason = _BY_ERROR.get(error) or _BY_EXIT_CODE.get(pod.exit_code or 0, CRASHED)
@@ -133,8 +156,9 @@ def explains(pod: JobPod) -> bool:
 
 _RANKS: Final[tuple[Callable[[JobPod], bool], ...]] = (
     lambda pod: pod.exit_code in _FINAL,
-    lambda pod: pod.killed_by == "OOMKilled",
+    _out_of_memory,
     lambda pod: bool(_NO_SPACE.search(_said(pod))),
+    lambda pod: pod.exit_code in _OWN,
     lambda pod: pod.exit_code not in (AGAIN, STOPPED),
 )
 
@@ -144,9 +168,40 @@ def _rank(pod: JobPod) -> int:
 
 
 def final_failure(pods: Iterable[JobPod]) -> Failure | None:
-    """Return why training can't succeed by another try, or None: the JobSet would start it again (`jobset`)."""
-    ends = [pod for pod in pods if pod.role == TRAIN and pod.exit_code in _FINAL]
-    return explain_end(ends[0]) if ends else None
+    """Return why another try can't succeed where the JobSet would make one (`jobset`), or None."""
+    cause = culprit(
+        pod for pod in pods if _out_of_memory(pod) or (pod.role == TRAIN and pod.exit_code in _FINAL)
+    )
+    return explain_end(cause) if cause else None
+
+
+def last_ends(pods: Iterable[JobPod]) -> str:
+    """Return how pods ended that did not end well, in few words and each way once; "" if there are none."""
+    failed = sorted((pod for pod in pods if pod.failed), key=lambda pod: (_rank(pod), pod.name))
+    ways = list(dict.fromkeys(_way(pod)[:_MAX_END] for pod in failed))
+    return "; ".join(ways[:_MAX_LISTED])[:MAX_ENDS]
+
+
+def _way(pod: JobPod) -> str:
+    code = pod.reason or "no exit code" if pod.exit_code is None else f"exit code {pod.exit_code}"
+    said = _said(pod) or pod.killed_by
+    return f"{pod.role} {code}: {said}" if said else f"{pod.role} {code}"
+
+
+def no_progress(reached: str, ends: str) -> Failure:
+    """Return what it means that the pods died again and again without the job going on.
+
+    Args:
+        reached: How far the job came, for people.
+        ends: How the pods ended, of `last_ends`.
+    """
+    seen = ends or "nothing is left of them: they were deleted, or their nodes were lost"
+    return Failure(
+        NO_PROGRESS,
+        f"The pods were started again {MAX_STALLED} times in a row, and the job came no further than {reached}. "
+        f"How they ended last: {seen}. Mend what ends them (`kubectl get events`, the health of the nodes, the network "
+        "between the pods); then create the job anew: it goes on from its last checkpoint.",
+    )
 
 
 def pending_problem(

@@ -7,13 +7,16 @@ JobSet is made once and never rewritten: JobSets are immutable but for `suspend`
 
 How failures are told apart (docs/adr/0018-operator.md): a Job fails for one of two reasons that JobSet can act on, a
 rule of its pod failure policy or its backoff limit of 0. In `prepare` and `finish` the rule is "another try can't
-help" and fails the JobSet; a lost node or SIGTERM only replaces the pod. In `train` the rule is "the gang was broken,
-not by its own fault" and restarts the JobSet without counting; there the operator ends what another try can't help
-(`failures.final_failure`), and JobSet's limit of restarts does where the operator is away.
+help" and fails the JobSet; a lost node or SIGTERM only replaces the pod. In `train` the rule is "the program failed by
+itself" and restarts the JobSet, counted; every other death of a pod (killed, lost, told to go on elsewhere) ends at the
+backoff limit and restarts it without counting. The Job controller (1.34, `syncJob`) looks for the rule before the
+limit, so that a crash counts though its peers give up in the same moment. What another try can't help is ended by the
+operator (`failures.final_failure`), as are uncounted restarts that lead nowhere (`failures.no_progress`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Final
@@ -37,6 +40,7 @@ ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
 PORT: Final = 2222  # which manifests/base opens
 AGAIN: Final = 75  # a peer died, never came or froze
 STOPPED: Final = 143  # SIGTERM, with a checkpoint
+KILLED: Final = 137  # SIGKILL
 _HASH_DIGITS: Final = 10
 # `<JobSet>-prepare-0-0-abcde` must be a label of DNS, which has 63 characters.
 _MAX_JOBSET_NAME: Final = 63 - len("-prepare-0-0-abcde")
@@ -52,6 +56,7 @@ def config_map_name(job: Manifest) -> str:
     return jobset_name(job)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for at each look
 def _named(name: str, uid: str) -> str:
     digest = hashlib.sha256(uid.encode()).hexdigest()[:_HASH_DIGITS]
     start = name[: _MAX_JOBSET_NAME - _HASH_DIGITS - 1].rstrip("-")
@@ -59,10 +64,17 @@ def _named(name: str, uid: str) -> str:
     return f"{start}-{digest}" if start[:1].isalpha() else f"j{start[:-1] or ''}-{digest}"
 
 
+@functools.cache
 def final_exit_codes() -> frozenset[int]:
     """Return the exit codes after which another try can't help (docs/errors.md)."""
     kinds = _subclasses(KubegraftError) - {KubegraftError}
     return frozenset(kind.exit_code for kind in kinds if not kind.retryable)
+
+
+@functools.cache
+def program_exit_codes() -> frozenset[int]:
+    """Return the exit codes of the program's own errors; any other end came from outside, or from a peer."""
+    return frozenset(kind.exit_code for kind in _subclasses(KubegraftError)) - {AGAIN, STOPPED}
 
 
 def _subclasses(kind: type[KubegraftError]) -> set[type[KubegraftError]]:
@@ -126,9 +138,15 @@ def _failure_policy(spec: JobSpec) -> Manifest:
                 "targetReplicatedJobs": [PREPARE, FINISH],
             },
             {
+                "name": "the_program_failed",
+                "action": "RestartJobSet",
+                "onJobFailureReasons": by_exit_code,
+                "targetReplicatedJobs": [TRAIN],
+            },
+            {
                 "name": "the_gang_was_broken",
                 "action": "RestartJobSetAndIgnoreMaxRestarts",
-                "onJobFailureReasons": by_exit_code,
+                "onJobFailureReasons": ["BackoffLimitExceeded"],
                 "targetReplicatedJobs": [TRAIN],
             },
         ],
@@ -148,7 +166,7 @@ def _replicated_job(role: str, spec: JobSpec, name: str, settings: Settings) -> 
                 "parallelism": num_pods,
                 "backoffLimit": 0,
                 "podReplacementPolicy": "Failed",
-                "podFailurePolicy": {"rules": _TRAIN_RULES if role == TRAIN else _single_pod_rules()},
+                "podFailurePolicy": {"rules": _train_rules() if role == TRAIN else _single_pod_rules()},
                 "template": {
                     "metadata": {"labels": spec.labels()},
                     "spec": _pod_spec(role, spec, name, settings),
@@ -173,7 +191,8 @@ def _on_disruption(action: str) -> Manifest:
     return {"action": action, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
 
-_TRAIN_RULES: Final = [_on_exit("FailJob", [AGAIN, STOPPED]), _on_disruption("FailJob")]
+def _train_rules() -> list[Manifest]:
+    return [_on_exit("FailJob", sorted(program_exit_codes()))]
 
 
 def _single_pod_rules() -> list[Manifest]:

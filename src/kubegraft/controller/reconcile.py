@@ -21,6 +21,8 @@ from kubegraft.controller.failures import (
     Failure,
     creation_problem,
     final_failure,
+    last_ends,
+    no_progress,
 )
 from kubegraft.controller.jobset import (
     API_VERSION,
@@ -34,6 +36,8 @@ from kubegraft.controller.observed import Observed
 from kubegraft.controller.running import restarting_condition, running_condition
 from kubegraft.controller.settings import Settings
 from kubegraft.controller.spec import JobSpec
+from kubegraft.controller.status import stalled_restarts
+from kubegraft.controller.status_schema import MAX_STALLED
 from kubegraft.controller.view import (
     View,
     admitted,
@@ -106,7 +110,7 @@ def _start(view: View) -> tuple[Action, ...]:
 def _suspended(view: View) -> tuple[Action, ...]:
     message = "The job is suspended. Set suspend: false, and it goes on from its last checkpoint."
     waits = [Condition(kind, False, "Suspended", message) for kind in (ADMITTED, RUNNING)]
-    return tell(view, waits, startTime=None)
+    return tell(view, waits, startTime=None, restartsWithoutProgress=0)
 
 
 def _hold(view: View, jobset: Manifest) -> tuple[Action, ...]:
@@ -147,6 +151,8 @@ def _follow(view: View, jobset: Manifest) -> tuple[Action, ...]:
             "volume: a new job of the same name with more time goes on from there."
         )
         return fail(view, Failure(DEADLINE_EXCEEDED, message), view.now)
+    if stalled_restarts(view.facts()) > MAX_STALLED:
+        return fail(view, _stalled(view), view.now)
     mended: tuple[Action, ...] = ()
     if view.observed.config_map is None:
         mended = (Apply(render_config_map(view.observed.job), create=True),)
@@ -155,6 +161,13 @@ def _follow(view: View, jobset: Manifest) -> tuple[Action, ...]:
     started = view.before.get("startTime") or timestamp(admitted_at(view, jobset))
     told = tell(view, [admitted(view.spec), running_condition(view)], startTime=started)
     return (*mended, *told, *_told_restart(view, told), Requeue(_next_look(view, jobset)))
+
+
+def _stalled(view: View) -> Failure:
+    before = view.before
+    reached = f"{before.get('exactProgress', 0)} % (stage {before.get('stage') or 'not begun'})"
+    ends = last_ends((*view.left, *view.pods)) or before.get("lastEnds", "")
+    return no_progress(reached, ends)
 
 
 def _told_restart(view: View, told: tuple[Action, ...]) -> tuple[Action, ...]:

@@ -22,6 +22,7 @@ from kubegraft.controller.conditions import (
     holds,
     merged,
 )
+from kubegraft.controller.failures import last_ends
 from kubegraft.controller.job_pods import JobPod
 from kubegraft.controller.jobset import FINISH, TRAIN
 from kubegraft.controller.spec import JobSpec
@@ -32,8 +33,9 @@ Status = dict[str, Any]
 
 # Percent of the whole job at which each stage begins; it ends where the next begins.
 _BEGINS: Final = {"ingest": 0, "train_head": 10, "fine_tune": 40, "evaluate": 85, "export": 92}
+_ENDS: Final = dict(zip(_BEGINS, [*list(_BEGINS.values())[1:], 100], strict=True))
 _STEP: Final = 10
-_VOLATILE: Final = ("acceleratorHours", "earlierAcceleratorHours", "metrics")
+_VOLATILE: Final = ("acceleratorHours", "earlierAcceleratorHours", "metrics", "exactProgress", "lastEnds")
 _CALM: Final = frozenset(
     {"Suspended", "Queued", "Starting", "Succeeded", "Preparing", "Training", "Finishing", "Stopping"}
 )
@@ -47,7 +49,9 @@ class Facts:
         spec: The job.
         before: Its status as read.
         pods: Pods of the present attempt.
+        left: What is left of those before.
         restarts: Restarts of the JobSet.
+        uncounted: Those of them that did not count against `maxRestarts`.
         jobset_name: Name of the JobSet.
         now: The time.
     """
@@ -55,7 +59,9 @@ class Facts:
     spec: JobSpec
     before: Status
     pods: tuple[JobPod, ...]
+    left: tuple[JobPod, ...]
     restarts: int
+    uncounted: int
     jobset_name: str
     now: datetime
 
@@ -79,6 +85,10 @@ def next_status(facts: Facts, conditions: Iterable[Condition], **changes: Any) -
         "stage": stage,
         "progress": progress,
         "restarts": max(facts.restarts, before.get("restarts", 0)),
+        "uncountedRestarts": max(facts.uncounted, before.get("uncountedRestarts", 0)),
+        "restartsWithoutProgress": stalled_restarts(facts),
+        "exactProgress": _exact_progress(facts),
+        "lastEnds": last_ends((*facts.pods, *facts.left)) or before.get("lastEnds", ""),
         **_from_reports(facts),
         **_accelerator_hours(facts),
         **changes,
@@ -93,8 +103,34 @@ def _progress(facts: Facts) -> tuple[str, int]:
         if pod.report is None or pod.report.stage not in STAGES:
             continue
         stage = max(stage, pod.report.stage, key=_order)
-        progress = max(progress, _percent(pod.report.stage, pod.report.progress))
+        progress = max(progress, _in_tens(_percent(pod.report.stage, pod.report.progress)))
     return stage, progress
+
+
+def _exact_progress(facts: Facts) -> int:
+    """Return the furthest percentage of the whole that any pod reported, also one of an earlier attempt."""
+    furthest = int(facts.before.get("exactProgress", 0))
+    for pod in (*facts.pods, *facts.left):
+        if pod.report is not None and pod.report.stage in STAGES:
+            furthest = max(furthest, _percent(pod.report.stage, pod.report.progress))
+    return furthest
+
+
+def stalled_restarts(facts: Facts) -> int:
+    """Return how many uncounted restarts in a row were seen in which the job did not go on.
+
+    Several that were missed are one: the job may have gone on in between. Only what was seen counts against a job.
+    """
+    before = facts.before
+    again = facts.uncounted > before.get("uncountedRestarts", 0)
+    seen = int(before.get("restartsWithoutProgress", 0)) + again
+    return 0 if seen and _went_on(facts) else seen
+
+
+def _went_on(facts: Facts) -> bool:
+    if _progress(facts)[0] != facts.before.get("stage", ""):
+        return True
+    return _exact_progress(facts) > int(facts.before.get("exactProgress", 0))
 
 
 def _order(stage: str) -> int:
@@ -103,11 +139,12 @@ def _order(stage: str) -> int:
 
 def _percent(stage: str, progress: int) -> int:
     begins = _BEGINS[stage]
-    ends = min((begin for begin in _BEGINS.values() if begin > begins), default=100)
-    whole = begins + (ends - begins) * progress // 100
-    return min(
-        whole // _STEP * _STEP, 100 - _STEP
-    )  # all of it is the job's success, and not the report's to say
+    return begins + (_ENDS[stage] - begins) * progress // 100
+
+
+def _in_tens(percent: int) -> int:
+    # All of it is the job's success, and not the report's to say.
+    return min(percent // _STEP * _STEP, 100 - _STEP)
 
 
 def _from_reports(facts: Facts) -> Status:

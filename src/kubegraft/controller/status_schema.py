@@ -8,6 +8,8 @@ from kubegraft.controller.schema import MAX_URI, Schema, integer, structure, tex
 from kubegraft.job_report import STAGES
 
 MAX_MESSAGE: Final = 1024
+MAX_ENDS: Final = 512
+MAX_STALLED: Final = 10  # restarts in a row without progress; one more ends the job
 METRICS: Final = {
     "validation_accuracy": (
         "validationAccuracy",
@@ -81,6 +83,16 @@ def job_status() -> Schema:
         "stage": {**text("Furthest stage that was begun."), "enum": ["", *STAGES]},
         "progress": integer("Percent of the whole job, in tens.", 0, 100),
         "restarts": integer("How often the pods were started again, for whatever reason.", 0, _RESTARTS),
+        "uncountedRestarts": integer(
+            "Those of them that did not count against maxRestarts: pods were killed or lost.", 0, _RESTARTS
+        ),
+        "restartsWithoutProgress": integer(
+            "Uncounted restarts in a row in which the job did not go on; it fails after 10.",
+            0,
+            MAX_STALLED + 1,
+        ),
+        "exactProgress": integer("Percent of the whole job, as it was reported.", 0, 100),
+        "lastEnds": text("How pods ended that did not end well, the last that were seen.", length=MAX_ENDS),
         "metrics": structure("Decimal numbers as text.", metrics),
         "modelUri": text("Where the exported model is.", length=MAX_URI),
         "datasetDigest": text("Digest of the dataset.", length=128),

@@ -39,13 +39,20 @@ class View:
         """Restarts of the JobSet."""
         return int(status_of(self.jobset).get("restarts", 0))
 
+    @property
+    def uncounted(self) -> int:
+        """Those of them that did not count against `maxRestarts`."""
+        return self.restarts - int(status_of(self.jobset).get("restartsCountTowardsMax", 0))
+
     def facts(self) -> Facts:
         """Return what the status follows from."""
         return Facts(
             spec=self.spec,
             before=self.before,
             pods=self.pods,
+            left=self.left,
             restarts=self.restarts,
+            uncounted=self.uncounted,
             jobset_name=jobset_name(self.observed.job),
             now=self.now,
         )
