@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from kubegraft.errors import TrainingError
-from kubegraft.training.workers import Workers
+from kubegraft.training.workers import ALONE, Workers
 
 _POSITION: Final = "position.json"
 
@@ -34,24 +34,25 @@ def save_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], position: Mapp
     aside.replace(path)
 
 
-def load_for_all(path: Path, workers: Workers) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Return what `load_checkpoint` gives the chief, on every worker.
+def load_checkpoint(
+    path: Path, workers: Workers = ALONE
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Return arrays and position of the checkpoint at `path`, or None if there is none.
 
-    It travels from the chief: a file that one machine has replaced may be the old one on another for a while.
+    The chief reads it and the others get it from there: a file that one machine has replaced may still be the old one
+    on another.
+
+    Raises:
+        TrainingError: If the file is there but damaged.
     """
-    found = load_checkpoint(path) if workers.is_chief else None
+    found = _read(path) if workers.is_chief else None
     position = workers.share(found[1] if found else None)
     if position is None:
         return None
     return workers.spread(found[0] if found else None), position
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Return arrays and position of the checkpoint at `path`, or None if there is none.
-
-    Raises:
-        TrainingError: If the file is there but damaged.
-    """
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:

@@ -13,7 +13,7 @@ from kubegraft.errors import ConfigError
 from kubegraft.training.cluster import join
 from kubegraft.training.cluster_spec import Cluster, find_cluster
 from kubegraft.training.watchdog import WATCHDOG
-from kubegraft.training.workers import ALONE, Workers
+from kubegraft.training.workers import ALONE, Workers, ending_if_lost
 
 XLA_VARIABLE: Final = "KUBEGRAFT_XLA"
 # NVIDIA compute capability from which bfloat16 runs on the tensor cores (Ampere).
@@ -55,7 +55,9 @@ def _mirrored(names: tuple[str, ...]) -> Any:
 
 def _joined_strategy(cluster: Cluster) -> Any:
     if not _joined:
-        strategy, workers = join(cluster), Workers(cluster)
+        workers = Workers(cluster)
+        with ending_if_lost(workers):
+            strategy = join(cluster)
         # A worker must not ask the others whether they have a next batch, too: all batches are full, all epochs equal.
         strategy.extended.experimental_enable_get_next_as_optional = False
         workers.barrier()

@@ -24,7 +24,7 @@ from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
-from kubegraft.training.checkpoints import load_for_all, save_checkpoint
+from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 from kubegraft.training.distribution import workers_of
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
 from kubegraft.training.pace import Pace
@@ -331,7 +331,7 @@ class _Run:
         self.saved = time.monotonic()
 
     def _resume(self) -> bool:
-        found = load_for_all(self.checkpoint_path, self.workers)
+        found = load_checkpoint(self.checkpoint_path, self.workers)
         if found is None:
             return False
         arrays, position = found

@@ -26,7 +26,7 @@ from kubegraft.stage import (
 )
 from kubegraft.training.cluster_spec import find_cluster
 from kubegraft.training.distribution import make_strategy, workers_of
-from kubegraft.training.workers import Workers
+from kubegraft.training.workers import Workers, ending_if_lost
 
 
 def run_shared_stage(
@@ -48,14 +48,16 @@ def run_shared_stage(
 
     Raises:
         KubegraftError: What the chief raised before `body`, or what `body` raises.
+        PeerLost: If another worker can't be reached any more.
     """
     if find_cluster() is None:
         return run_stage(stage, output_dir, inputs=inputs, config=config, body=body)
     catch_stop_signals()
     workers = workers_of(_strategy(config))
-    if not workers.is_chief:
-        return _follow(workers, stage, output_dir, inputs, config, body)
-    return _Lead(workers, body).run(stage, output_dir, inputs, config)
+    with ending_if_lost(workers):  # also where it is a variable's first value that does not come
+        if not workers.is_chief:
+            return _follow(workers, stage, output_dir, inputs, config, body)
+        return _Lead(workers, body).run(stage, output_dir, inputs, config)
 
 
 def _strategy(config: Any) -> Any:
