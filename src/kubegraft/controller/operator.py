@@ -26,7 +26,7 @@ from kubegraft.controller.work_queue import WorkQueue
 from kubegraft.errors import ClusterError
 from kubegraft.reporting.events import log_event
 
-_WORKERS: Final = 12  # they wait for the API server nearly all the time
+_WORKERS: Final = 24  # they wait for the API server nearly all the time
 _END_SECONDS: Final = 20.0  # for reconciles that run when the process is asked to end; the pod has 30
 _STUCK_SECONDS: Final = 180.0  # a call to the API server ends after 30
 _LOOK_AGAIN_SECONDS: Final = 600.0
