@@ -131,6 +131,20 @@ def test_a_worker_that_is_stuck_is_seen():
     run(test)
 
 
+def test_what_is_urgent_goes_first():
+    async def test():
+        queue, worker = WorkQueue(is_urgent=str.isupper), Worker()
+        for key in "abCdE":
+            queue.add(key)
+        task = asyncio.create_task(queue.work(worker))
+        await idle(queue)
+        queue.close()
+        await task
+        assert worker.seen == ["C", "E", "a", "b", "d"]
+
+    run(test)
+
+
 def test_the_depth_is_told():
     async def test():
         depths = []

@@ -163,6 +163,11 @@ class Cluster:
         memory.stale = stale or memory.foreign
         return min([*waits, *((_STALE_SECONDS,) if stale else ())], default=None)
 
+    def is_new(self, key: Key) -> bool:
+        """Return whether nothing has been said of an object yet; what is under way can wait for it."""
+        found = self._copies(key).get(key.namespace, key.name)
+        return found is not None and not found.get("status")
+
     def count_jobs(self) -> Mapping[str, int]:
         """Return how many TransferJobs there are, by the last of their conditions that is true; `New` for none."""
         return Counter(_condition(job) for job in self.jobs)
@@ -204,7 +209,8 @@ class Cluster:
         return Observed(
             job=job,
             jobset=jobset,
-            config_map=await self._config_map(key, job, memory),
+            # Without a JobSet it does not matter: both are made, and what is there already is left.
+            config_map=await self._config_map(key, job, memory) if jobset else memory.config_map,
             pods=pods,
             events=await self._events(key, memory, jobset, pods),
             reports=await self._reports(memory, pods),

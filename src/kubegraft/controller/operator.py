@@ -26,7 +26,7 @@ from kubegraft.controller.work_queue import WorkQueue
 from kubegraft.errors import ClusterError
 from kubegraft.reporting.events import log_event
 
-_WORKERS: Final = 8
+_WORKERS: Final = 24  # they wait for the API server nearly all the time
 _END_SECONDS: Final = 20.0  # for reconciles that run when the process is asked to end; the pod has 30
 _STUCK_SECONDS: Final = 180.0  # a call to the API server ends after 30
 _LOOK_AGAIN_SECONDS: Final = 600.0
@@ -64,7 +64,9 @@ class Operator:
     """
 
     def __init__(self, api: Api, settings: Settings, metrics: Metrics) -> None:
-        self.queue: WorkQueue[Key] = WorkQueue(observe_depth=metrics.depth)
+        self.queue: WorkQueue[Key] = WorkQueue(
+            observe_depth=metrics.depth, is_urgent=lambda key: self.cluster.is_new(key)
+        )
         self.cluster = Cluster(api, namespace=settings.namespace, notify=self.queue.add)
         self._settings, self._metrics = settings, metrics
         metrics.count_jobs(self.cluster.count_jobs)

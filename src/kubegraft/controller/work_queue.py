@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Hashable
@@ -20,8 +21,20 @@ class WorkQueue(Generic[Key]):
     more afterwards. So any number of events about one object cost one or two reconciles. Not for threads.
     """
 
-    def __init__(self, *, observe_depth: Callable[[int], None] = lambda _: None) -> None:
-        self._waiting: asyncio.Queue[Key | None] = asyncio.Queue()
+    def __init__(
+        self,
+        *,
+        observe_depth: Callable[[int], None] = lambda _: None,
+        is_urgent: Callable[[Key], bool] = lambda _: False,
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            observe_depth: Told how many keys wait.
+            is_urgent: Whether a key goes before those that are not.
+        """
+        self._waiting: asyncio.PriorityQueue[tuple[int, int, Key | None]] = asyncio.PriorityQueue()
+        self._order, self._is_urgent = itertools.count(), is_urgent
         self._wanted: set[Key] = set()
         self._working: dict[Key, float] = {}
         self._timers: dict[Key, tuple[float, asyncio.TimerHandle]] = {}
@@ -78,7 +91,7 @@ class WorkQueue(Generic[Key]):
         Args:
             worker: Called with a key; must not raise.
         """
-        while (key := await self._waiting.get()) is not None:
+        while (key := (await self._waiting.get())[-1]) is not None:
             self._wanted.discard(key)
             self._working[key] = time.monotonic()
             self._observe_depth(len(self))
@@ -88,7 +101,7 @@ class WorkQueue(Generic[Key]):
                 del self._working[key]
             if key in self._wanted:
                 self._put(key)
-        self._waiting.put_nowait(None)  # for the next worker
+        self._put_end()  # for the next worker
 
     def close(self) -> None:
         """Let every worker end what it is at, and take nothing more."""
@@ -98,11 +111,14 @@ class WorkQueue(Generic[Key]):
             self._cancel_timer(key)
         while not self._waiting.empty():
             self._waiting.get_nowait()
-        self._waiting.put_nowait(None)
+        self._put_end()
 
     def _put(self, key: Key) -> None:
-        self._waiting.put_nowait(key)
+        self._waiting.put_nowait((0 if self._is_urgent(key) else 1, next(self._order), key))
         self._observe_depth(len(self))
+
+    def _put_end(self) -> None:
+        self._waiting.put_nowait((2, next(self._order), None))
 
     def _fire(self, key: Key) -> None:
         self._timers.pop(key, None)
