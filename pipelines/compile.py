@@ -25,7 +25,7 @@ import pprint
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 COMPILED_DIR = Path(__file__).resolve().parent / "compiled"
@@ -139,7 +139,11 @@ def _without_image(profiles: Sequence[str]) -> str:
 
 
 def compile_all(
-    output_dir: Path, profiles: Sequence[str] = PROFILE_NAMES, changes: Mapping[str, Any] | None = None
+    output_dir: Path,
+    profiles: Sequence[str] = PROFILE_NAMES,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    names: Collection[str] = (),
 ) -> list[Path]:
     """Write every pipeline in every profile to `output_dir`, and return the files' paths.
 
@@ -147,6 +151,7 @@ def compile_all(
         output_dir: Made if need be.
         profiles: Names of profiles.
         changes: Fields of the profiles to set; empty ones stay as they are.
+        names: Pipelines to write; all if there are none.
     """
     from kfp import compiler, dsl
 
@@ -155,7 +160,8 @@ def compile_all(
 
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, pipeline in PIPELINES.items():
+    for name in names or PIPELINES:
+        pipeline = PIPELINES[name]
         for profile_name in profiles:
             profile = _changed(PROFILES[profile_name], changes or {})
             info = pipeline.pipeline_spec.pipeline_info

@@ -19,6 +19,7 @@ from kubegraft.errors import ConfigError
 from kubegraft.local_run import COMPILED_FILES, find_checkout, import_from_checkout, packaged_pipeline
 from kubegraft.processes import WORK_DIR_VARIABLE
 
+_PIPELINE: Final = "transfer_learning"
 _HASH_DIGITS: Final = 12
 _IMAGE_LINE: Final = re.compile(r"(\s+image: )\S+$")
 _EXECUTOR_LINE: Final = re.compile(r"    exec-([\w-]+):$")
@@ -235,7 +236,7 @@ def load_package(profile: str = "cpu") -> PipelinePackage:
         return _as_variables_say(PipelinePackage(packaged_pipeline(profile).read_text(encoding="utf-8")))
     compile_all = import_from_checkout(checkout, "pipelines.compile").compile_all
     with tempfile.TemporaryDirectory() as directory:
-        (path,) = compile_all(Path(directory), [profile])
+        (path,) = compile_all(Path(directory), [profile], names=[_PIPELINE])
         return PipelinePackage(path.read_text(encoding="utf-8"))
 
 
