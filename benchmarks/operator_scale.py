@@ -25,6 +25,7 @@ import yaml
 
 NAMESPACE = "operator-scale"
 POLL_SECONDS = 1.0
+CLIENTS = 4
 QUIET_SECONDS = 20.0
 MOST_SECONDS = 3600.0
 
@@ -132,27 +133,30 @@ def measured(jobs: int, nodes: int) -> dict:
             kubectl("delete", "namespace", NAMESPACE, "--wait=false")
 
 
+def create(jobs: int, nodes: int) -> list[subprocess.Popen]:
+    """Create all jobs at once, by several clients; return them."""
+    clients = []
+    for first in range(CLIENTS):
+        documents = [transfer_job(number, nodes) for number in range(first, jobs, CLIENTS)]
+        command = ["kubectl", "create", "--validate=false", "--filename", "-"]
+        client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        client.stdin.write(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
+        client.stdin.close()
+        clients.append(client)
+    return clients
+
+
 def followed(operator: Process, jobs: int, nodes: int) -> dict:
-    documents = yaml.dump_all(
-        [transfer_job(number, nodes) for number in range(jobs)], Dumper=yaml.CSafeDumper
-    )
-    began = time.monotonic()
-    creating = subprocess.Popen(
-        ["kubectl", "create", "--validate=false", "--filename", "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    creating.stdin.write(documents)
-    creating.stdin.close()
+    began, clients = time.monotonic(), create(jobs, nodes)
     found = {"jobs": jobs, "nodes": nodes}
     path = f"jobset.x-k8s.io/v1alpha2/namespaces/{NAMESPACE}/jobsets"
     while number_of(path) < jobs:
-        if "seconds_to_create" not in found and creating.poll() is not None:
+        if "seconds_to_create" not in found and all(client.poll() is not None for client in clients):
             found["seconds_to_create"] = round(time.monotonic() - began, 1)
         time.sleep(POLL_SECONDS)
     found["seconds_to_all_jobsets"] = round(time.monotonic() - began, 1)
-    creating.wait()
+    for client in clients:
+        client.wait()
     print(json.dumps(found), flush=True)
     found["seconds_to_steady"] = round(steady(operator, jobs) - began, 1)
     return found | costs(operator, jobs)
