@@ -64,9 +64,7 @@ class Operator:
     """
 
     def __init__(self, api: Api, settings: Settings, metrics: Metrics) -> None:
-        self.queue: WorkQueue[Key] = WorkQueue(
-            observe_depth=metrics.depth, is_urgent=self._is_new
-        )
+        self.queue: WorkQueue[Key] = WorkQueue(observe_depth=metrics.depth, is_urgent=self._is_new)
         self.cluster = Cluster(api, namespace=settings.namespace, notify=self.queue.add)
         self._settings, self._metrics = settings, metrics
         metrics.count_jobs(self.cluster.count_jobs)
