@@ -342,6 +342,22 @@ def test_a_schedule_is_seen_with_its_jobs_and_its_looks(standin):
     run(test())
 
 
+def test_a_job_that_a_schedule_made_is_looked_at(standin):
+    """It is in the copies when the watch tells of it, which is no news then."""
+
+    async def test():
+        told = []
+        standin.put("transferschedules", transfer_schedule())
+        key = Key("TransferSchedule", "team", "nightly")
+        async with watching(standin, told.append) as cluster:
+            seen = await cluster.observe(key)
+            child = {**transfer_job("nightly-1"), "metadata": {"name": "nightly-1", "namespace": "team"}}
+            await cluster.act(key, seen, (Apply(child, create=True),))
+            assert Key("TransferJob", "team", "nightly-1") in told
+
+    run(test())
+
+
 def test_a_change_of_a_schedules_job_tells_of_the_schedule(standin):
     async def test():
         told = []

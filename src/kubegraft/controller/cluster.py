@@ -279,6 +279,8 @@ class Cluster:
             made = await (self._api.create if action.create else self._api.apply)(action.manifest)
             self._keep(memory, {"kind": action.manifest["kind"], **made})
             memory.refusal = None
+            if made["kind"] == "TransferJob":  # of a schedule; what the watch tells of it is nothing new then
+                self._notify(Key(made["kind"], *place_of(made)))
         elif isinstance(action, Delete):
             await self._api.delete(
                 action.kind,
