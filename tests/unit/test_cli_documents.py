@@ -95,7 +95,8 @@ def test_examples_of_config_files_load(path, tmp_path):
     ):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block)
-        assert (found := yaml.safe_load(block))
+        found = yaml.safe_load(block)
+        assert found
         if "apiVersion" not in found:  # an object of a cluster
             load_run_config(file)
 

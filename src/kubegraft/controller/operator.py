@@ -64,12 +64,13 @@ class Operator:
     """
 
     def __init__(self, api: Api, settings: Settings, metrics: Metrics) -> None:
-        self.queue: WorkQueue[Key] = WorkQueue(
-            observe_depth=metrics.depth, is_urgent=lambda key: self.cluster.is_new(key)
-        )
+        self.queue: WorkQueue[Key] = WorkQueue(observe_depth=metrics.depth, is_urgent=self._is_new)
         self.cluster = Cluster(api, namespace=settings.namespace, notify=self.queue.add)
         self._settings, self._metrics = settings, metrics
         metrics.count_jobs(self.cluster.count_jobs)
+
+    def _is_new(self, key: Key) -> bool:
+        return self.cluster.is_new(key)
 
     async def work(self, key: Key) -> None:
         """Reconcile an object; what fails is tried again, each time later."""
