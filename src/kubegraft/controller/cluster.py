@@ -7,18 +7,18 @@ What this process writes goes into the copies at once: it never acts on a state 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from kubegraft.controller import jobset as names
 from kubegraft.controller.actions import Action, Apply, Delete, Event, PatchStatus, Requeue
 from kubegraft.controller.api import Api, ApiError
 from kubegraft.controller.observed import JOB_LABEL, SCHEDULE_LABEL, Observed, ObservedSchedule
 from kubegraft.controller.pruning import prune
+from kubegraft.controller.telling import event_object, with_status
 from kubegraft.controller.watching import Copies, Object, Watch, place_of
 from kubegraft.job_report import Report, latest_report
 from kubegraft.reporting.events import log_event
@@ -32,7 +32,6 @@ _SLOW_SECONDS: Final = 3.0  # from when on a pod that does not start is asked fo
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _JOBSET_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 _CONDITIONS: Final = ("Failed", "Succeeded", "Running", "Admitted")
-_NAME_DIGITS: Final = 16
 
 
 class Key(NamedTuple):
@@ -292,7 +291,7 @@ class Cluster:
             if action.kind == "ConfigMap":
                 memory.config_map = None
         elif isinstance(action, PatchStatus):
-            self._keep(memory, await self._api.apply_status(_with_status(about, action.status)))
+            self._keep(memory, await self._api.apply_status(with_status(about, action.status)))
         elif isinstance(action, Event):
             await self._tell(about, action)
 
@@ -306,7 +305,7 @@ class Cluster:
     async def _tell(self, about: Object, event: Event) -> None:
         """Make an event; one with the same words is there already after a crash, and is enough."""
         try:
-            await self._api.create(_event(about, event))
+            await self._api.create(event_object(about, event))
         except ApiError as error:
             if not (error.conflict or error.refused):
                 raise
@@ -381,35 +380,3 @@ def _age_seconds(found: Object) -> float:
 
 def _when(event: Object) -> str:
     return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"])
-
-
-def _with_status(about: Object, status: Mapping[str, Any]) -> Object:
-    metadata = {name: about["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
-    return {"apiVersion": about["apiVersion"], "kind": about["kind"], "metadata": metadata, "status": status}
-
-
-def _event(about: Object, event: Event) -> Object:
-    """Return the object; its name derives from what it says, so that it is not said twice."""
-    metadata = about["metadata"]
-    words = "\0".join((metadata["uid"], event.type, event.reason, event.message))
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {
-            "name": f"{metadata['name']}.{hashlib.sha256(words.encode()).hexdigest()[:_NAME_DIGITS]}",
-            "namespace": metadata["namespace"],
-        },
-        "involvedObject": {
-            "apiVersion": about["apiVersion"],
-            "kind": about["kind"],
-            **{name: metadata[name] for name in ("name", "namespace", "uid", "resourceVersion")},
-        },
-        "type": event.type,
-        "reason": event.reason,
-        "message": event.message[:1024],
-        "source": {"component": "kubegraft-operator"},
-        "firstTimestamp": now,
-        "lastTimestamp": now,
-        "count": 1,
-    }
