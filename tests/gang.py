@@ -11,6 +11,7 @@ Actions of the stages: `job:PART` runs a part of a job; `tune:NAME` fine-tunes t
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import os
 import signal
@@ -55,7 +56,7 @@ def start(directory, *actions, num_workers=1, num_started=None, **environment):
     return processes
 
 
-def finish(processes, seconds=120):
+def finish(processes, seconds=400):
     """Return the exit codes, in the order of the workers; a process that is frozen at the end is killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(p.poll() is None and not _frozen(p.pid) for p in processes):
@@ -134,6 +135,7 @@ def main(directory, *actions):
     from kubegraft.errors import KubegraftError
     from kubegraft.processes import catch_stop_signals, watch_for_stop
 
+    faulthandler.register(signal.SIGUSR1)
     register_tiny_backbone()
     catch_stop_signals()
     watch_for_stop()
@@ -183,7 +185,7 @@ def _train(directory, rest):
     from tests.unit.test_training_loop import config, examples, head
 
     name, _, disturbance = rest.partition(":")
-    steps.RESIDENT_BYTES = 512 << 20 if "held" in name else 0
+    steps.RESIDENT_BYTES = 0  # a call of the graph for each step
     strategy = make_strategy()
     if disturbance:
         _disturb(loop, strategy, disturbance)
