@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _MOST_NAME: Final = 40
 _DIGITS: Final = 10
+_AGAIN_SECONDS: Final = 1.0
 _NOT_FOUND: Final = 404
 _CONFLICT: Final = 409
 _INVALID: Final = (400, 422)
@@ -78,7 +80,10 @@ class TransferJobs:
         self._core = client.CoreV1Api(api_client)
 
     def ensure(self, wanted: Wanted) -> Object:
-        """Return the job of the wanted name, made now or found; one that was suspended at a stop goes on."""
+        """Return the job of the wanted name, made now or found.
+
+        One that was suspended at a stop goes on; one that failed is made anew, and goes on from what is on its volume.
+        """
         body = {
             "apiVersion": "/".join(_GROUP),
             "kind": "TransferJob",
@@ -96,6 +101,10 @@ class TransferJobs:
         if found is None:
             return self.ensure(wanted)
         log_event("distributed", "found", job=wanted.name)
+        if _has_failed(found):  # what it had done is on the volume, and a new one goes on from there
+            self.delete(wanted.name)
+            time.sleep(_AGAIN_SECONDS)
+            return self.ensure(wanted)
         if found["spec"].get("suspend") and not wanted.spec.get("suspend"):
             found = self.suspend(wanted.name, suspended=False)
         return found
@@ -185,3 +194,8 @@ def _own_namespace() -> str:
         _, context = config.list_kube_config_contexts()
         return context["context"].get("namespace") or "default"
     return os.environ.get("POD_NAMESPACE", "default")
+
+
+def _has_failed(job: Object) -> bool:
+    conditions = (job.get("status") or {}).get("conditions", ())
+    return any(each["type"] == "Failed" and each["status"] == "True" for each in conditions)

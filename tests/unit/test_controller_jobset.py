@@ -163,7 +163,7 @@ def test_without_a_word_the_pods_take_the_operators_settings():
     made = pod(transfer_job(), "train", Settings(image="operator:2", service_account=""))
     assert made["containers"][0]["image"] == "operator:2"
     assert "serviceAccountName" not in made
-    assert variables(transfer_job(), "train")["KUBEGRAFT_CACHE"] == "/artifacts/cache"
+    assert variables(transfer_job(), "train")["KUBEGRAFT_CACHE"] == "/artifacts/.cache"
     assert variables(transfer_job(cache={"uri": "s3://b/c"}), "train")["KUBEGRAFT_CACHE"] == "s3://b/c"
 
 

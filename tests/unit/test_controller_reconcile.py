@@ -414,6 +414,15 @@ def test_only_uncounted_restarts_in_a_row_that_were_seen_without_progress_count(
     assert not only(actions, Delete)
 
 
+def test_restarts_of_a_gang_that_waits_for_a_node_do_not_count():
+    job = stalled_job()
+    waits = [condition("Running", "False", "Unschedulable", START)]
+    job["status"]["conditions"] = waits
+    actions = act(job, jobset_of(job, restarts=11))
+    assert not only(actions, Delete)
+    assert status_after(actions)["restartsWithoutProgress"] == 10
+
+
 def test_patience_begins_anew_where_a_person_suspends_the_job():
     job = stalled_job()
     job["spec"]["suspend"] = True
@@ -444,6 +453,35 @@ def test_after_a_resumption_the_start_is_that_of_the_resumption():
     at = START + timedelta(seconds=40)
     resumed = jobset_of(job, [condition("Suspended", "False", "ResumeJobs", at)])
     assert status_after(act(job, resumed))["startTime"] == timestamp(at)
+
+
+def test_a_job_that_waited_longer_than_its_deadline_starts_when_it_is_let_go():
+    job = transfer_job(queueName="team-queue", activeDeadlineSeconds=100)
+    # Kueue has let it go, and JobSet's status still says what it did at its creation.
+    let_go = jobset_of(job, [condition("Suspended", "True", "SuspendedJobs", START)], suspend=False)
+    actions = act(job, let_go, seconds=5000)
+    assert not only(actions, Delete)
+    assert status_after(actions)["startTime"] == timestamp(START + timedelta(seconds=5000))
+
+
+def test_a_queue_that_kueue_gave_a_job_without_one_is_kueues_business():
+    job = transfer_job()
+    jobset = jobset_of(job, suspend=True)
+    jobset["metadata"]["labels"] = {**jobset["metadata"].get("labels", {}), QUEUE_LABEL: "default"}
+    actions = act(job, jobset)
+    assert not only(actions, Apply) + only(actions, Delete)
+    assert told(actions, "Admitted")[:2] == ("False", "Queued")
+    held = act(transfer_job(suspend=True), jobset)
+    assert [delete.kind for delete in only(held, Delete)] == ["JobSet"]
+
+
+def test_what_is_left_of_a_former_job_of_the_same_name_says_nothing_about_this_one():
+    job = transfer_job()
+    former = end_pod("train", OUT_OF_MEMORY)
+    former["metadata"]["name"] = "signs-0123456789-train-0-0-abcde"
+    actions = act(job, jobset_of(job), pods=[former])
+    assert not only(actions, Delete)
+    assert told(actions)[:2] == ("False", "Starting")
 
 
 def test_with_a_queue_the_jobset_is_made_suspended_and_only_kueue_lets_it_go():

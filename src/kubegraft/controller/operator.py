@@ -105,7 +105,7 @@ class Operator:
     async def _say_refused(self, key: Key) -> None:
         """Let the object's conditions say what the API server refused; make nothing."""
         observed = await self.cluster.observe(key)
-        if observed is not None:
+        if isinstance(observed, Observed):  # a schedule's words would tell of a job that was not made
             words = [one for one in self._wanted(observed) if isinstance(one, PatchStatus | Event)]
             await self.cluster.act(key, observed, words)
 
@@ -139,7 +139,7 @@ async def run(options: Options) -> None:
         alive = _Alive(operator.queue)
         async with serving(options.metrics_port, metrics, healthy=alive.healthy, ready=alive.ready) as port:
             log_event("operator", "started", port=port, namespace=options.settings.namespace or "all")
-            await _until(stop, _lead(api, operator, options, metrics, alive, stop))
+            await _until(stop, _lead(api, operator, options, metrics, alive, stop), alive)
     log_event("operator", "ended")
 
 
@@ -252,12 +252,12 @@ async def _first(wanted: Coroutine[Any, Any, object], endless: Iterable[asyncio.
     raise ClusterError("A watch ended, which none should. It is the operator's fault: start it anew.")
 
 
-async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None], alive: _Alive) -> None:
     """Run until it ends by itself; before it leads, a wish to stop cancels it."""
     task = asyncio.ensure_future(work)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
+    if not task.done() and alive.working:
         await asyncio.wait({task}, timeout=_END_SECONDS + 5)
     for one in (task, stopped):
         one.cancel()

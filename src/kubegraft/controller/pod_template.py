@@ -109,7 +109,7 @@ def _container(spec: JobSpec, settings: Settings, arguments: Sequence[str], *, a
 
 def _variables(spec: JobSpec, *, accelerated: bool) -> list[Manifest]:
     cache = spec.part("cache")
-    folder = cache.get("uri") or (_CACHE_DIR if cache.get("claim") else f"{ARTIFACTS_DIR}/cache")
+    folder = cache.get("uri") or (_CACHE_DIR if cache.get("claim") else f"{ARTIFACTS_DIR}/.cache")
     variables: list[Manifest] = [
         {"name": "HOME", "value": "/tmp"},
         {"name": "KUBEGRAFT_LOG_FORMAT", "value": "json"},

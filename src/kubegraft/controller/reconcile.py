@@ -115,14 +115,18 @@ def _suspended(view: View) -> tuple[Action, ...]:
 
 def _hold(view: View, jobset: Manifest) -> tuple[Action, ...]:
     """Stop the pods. With a queue the JobSet goes, and its quota with it: whether it is suspended is Kueue's to say."""
-    if view.spec.queue or not _is_in_its_queue(jobset, view.spec):
+    if view.spec.queue or _queue_of(jobset):
         return (delete_jobset(jobset),)
     return () if is_suspended(jobset) else (_with_suspend(jobset, suspend=True),)
 
 
 def _is_in_its_queue(jobset: Manifest, spec: JobSpec) -> bool:
-    labels = jobset["metadata"].get("labels") or {}
-    return bool(labels.get(QUEUE_LABEL, "") == spec.queue)
+    # Kueue gives what names no queue the namespace's default one.
+    return not spec.queue or _queue_of(jobset) == spec.queue
+
+
+def _queue_of(jobset: Manifest) -> str:
+    return str((jobset["metadata"].get("labels") or {}).get(QUEUE_LABEL, ""))
 
 
 def _with_suspend(jobset: Manifest, *, suspend: bool) -> Apply:
@@ -178,9 +182,10 @@ def _told_restart(view: View, told: tuple[Action, ...]) -> tuple[Action, ...]:
 
 
 def _let_go(view: View, jobset: Manifest) -> tuple[Action, ...]:
-    if not view.spec.queue:
+    queue = view.spec.queue or _queue_of(jobset)
+    if not queue:
         return (_with_suspend(jobset, suspend=False), Requeue(_RESYNC_SECONDS))
-    message = f"The job waits in the queue {view.spec.queue}; `kubectl get workloads` shows its place."
+    message = f"The job waits in the queue {queue}; `kubectl get workloads` shows its place."
     waits = [Condition(kind, False, "Queued", message) for kind in (ADMITTED, RUNNING)]
     return (*tell(view, waits, startTime=None), Requeue(_RESYNC_SECONDS))
 

@@ -36,6 +36,17 @@ _BEGINS: Final = {"ingest": 0, "train_head": 10, "fine_tune": 40, "evaluate": 85
 _ENDS: Final = dict(zip(_BEGINS, [*list(_BEGINS.values())[1:], 100], strict=True))
 _STEP: Final = 10
 _VOLATILE: Final = ("acceleratorHours", "earlierAcceleratorHours", "metrics", "exactProgress", "lastEnds")
+# Reasons of a gang that waits for a node, an image or a volume: its first workers give up and come again meanwhile.
+_NOT_STARTING: Final = frozenset(
+    {
+        "Unschedulable",
+        "ImagePullFailed",
+        "VolumeNotFound",
+        "VolumeNotMounted",
+        "CreateContainerConfigError",
+        "Forbidden",
+    }
+)
 _CALM: Final = frozenset(
     {"Suspended", "Queued", "Starting", "Succeeded", "Preparing", "Training", "Finishing", "Stopping"}
 )
@@ -122,7 +133,8 @@ def stalled_restarts(facts: Facts) -> int:
     Several that were missed are one: the job may have gone on in between. Only what was seen counts against a job.
     """
     before = facts.before
-    again = facts.uncounted > before.get("uncountedRestarts", 0)
+    waits = find(before.get("conditions", ()), RUNNING).get("reason") in _NOT_STARTING
+    again = facts.uncounted > before.get("uncountedRestarts", 0) and not waits
     seen = int(before.get("restartsWithoutProgress", 0)) + again
     return 0 if seen and _went_on(facts) else seen
 
@@ -171,7 +183,8 @@ def _accelerator_hours(facts: Facts) -> Status:
     if facts.restarts > facts.before.get("restarts", 0) or not holds(
         facts.before.get("conditions", ()), ADMITTED
     ):
-        earlier = total
+        ended = sum(_held_seconds(pod, facts.now) for pod in facts.left if pod.role == TRAIN)
+        earlier = max(total, earlier + facts.spec.accelerators * ended / 3600)
     seconds = sum(_held_seconds(pod, facts.now) for pod in facts.pods if pod.role == TRAIN)
     total = max(total, earlier + facts.spec.accelerators * seconds / 3600)
     return {"acceleratorHours": f"{total:.2f}", "earlierAcceleratorHours": f"{earlier:.2f}"}

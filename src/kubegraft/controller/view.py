@@ -60,7 +60,9 @@ class View:
 
 def look(observed: Observed, settings: Settings) -> View:
     """Return what was observed, read once."""
-    pods = read_pods(observed.pods, observed.reports)
+    own = f"{jobset_name(observed.job)}-"  # not those of a former job of this name
+    named = [pod for pod in observed.pods if pod["metadata"]["name"].startswith(own)]
+    pods = read_pods(named, observed.reports)
     attempt = int(status_of(observed.jobset).get("restarts", 0))
     return View(
         observed=observed,
@@ -111,7 +113,10 @@ def admitted(spec: JobSpec) -> Condition:
 
 def admitted_at(view: View, jobset: Manifest) -> datetime:
     """Return when the pods were let start, as near as can be known."""
-    resumed = find(status_of(jobset).get("conditions") or (), "Suspended").get("lastTransitionTime")
+    suspended = find(status_of(jobset).get("conditions") or (), "Suspended")
+    if suspended.get("status") == "True":
+        return view.now  # let go, and JobSet has not taken note of it yet
+    resumed = suspended.get("lastTransitionTime")
     return moment(resumed) or moment(jobset["metadata"].get("creationTimestamp")) or view.now
 
 

@@ -97,8 +97,9 @@ class Pace:
                 results = next(iterator, None)
             if results is None:
                 return
-            if not self._paused:
-                self._slowest = max(self._slowest, time.monotonic() - started)
+            took = time.monotonic() - started
+            # Part of a step after a pause is the pause, or the compiler's.
+            self._slowest = max(self._slowest, took / 2 if self._paused else took)
             self._paused = False
             yield results
 

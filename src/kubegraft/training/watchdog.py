@@ -59,10 +59,12 @@ class Watchdog:
     def limit(self, seconds: float, reason: str) -> Iterator[None]:
         """End this process if the block takes longer than so many seconds."""
         self.arm(seconds, reason)
+        own = self._deadline
         try:
             yield
         finally:
-            self.disarm()
+            if self._deadline == own:  # else what went wrong within has set one, which stays
+                self.disarm()
 
     def _watch(self) -> None:
         while True:
