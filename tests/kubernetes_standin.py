@@ -68,12 +68,14 @@ class Standin:
         calls: Verb, group, resource (with its subresource) and namespace of every call.
         refuse: By verb and resource: status, reason and message of what is refused.
         logs: By pod: its log.
+        undeclared: Fields of a status that the definitions lack.
     """
 
     objects: dict = field(default_factory=dict)
     calls: list = field(default_factory=list)
     refuse: dict = field(default_factory=dict)
     logs: dict = field(default_factory=dict)
+    undeclared: set = field(default_factory=set)
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -257,6 +259,9 @@ class Standin:
         ):
             return self._conflict(place)
         if place.subresource == "status":
+            for name in self.undeclared & set(body["status"]):
+                message = f"failed to create typed patch object: .status.{name}: field not declared in schema"
+                return refusal(500, "InternalError", message)
             changed = {**known, "status": body["status"]}
         elif known:
             changed = {**known, **{k: v for k, v in body.items() if k not in ("metadata", "status")}}

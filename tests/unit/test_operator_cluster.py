@@ -200,6 +200,22 @@ def test_an_event_is_not_made_twice_though_the_status_was_lost(standin):
     assert len(standin.of("events")) == 1
 
 
+def test_fields_that_an_older_definition_lacks_are_left_out_of_the_status(standin):
+    async def test():
+        standin.put("transferjobs", transfer_job())
+        standin.undeclared = {"exactProgress", "lastEnds"}
+        async with watching(standin) as cluster:
+            seen = await cluster.observe(KEY)
+            status = {"stage": "export", "exactProgress": 93, "lastEnds": "train exit code 75."}
+            await cluster.act(KEY, seen, (PatchStatus(status),))
+            standin.refuse[("patch", "transferjobs/status")] = (500, "InternalError", "etcd is away")
+            with pytest.raises(ApiError, match="etcd is away"):
+                await cluster.act(KEY, await cluster.observe(KEY), (PatchStatus({"stage": "ingest"}),))
+
+    run(test())
+    assert standin.get("transferjobs", "team", "photographs")["status"] == {"stage": "export"}
+
+
 def test_a_stale_read_does_not_overwrite_a_newer_status(standin):
     async def test():
         standin.put("transferjobs", transfer_job())

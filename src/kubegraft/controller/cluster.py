@@ -7,11 +7,12 @@ What this process writes goes into the copies at once: it never acts on a state 
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from kubegraft.controller import jobset as names
 from kubegraft.controller.actions import Action, Apply, Delete, Event, PatchStatus, Requeue
@@ -29,6 +30,8 @@ _MARGIN_SECONDS: Final = 0.1
 _LOOKS_PER_SECOND: Final = 20.0  # at logs and events, of all jobs together
 _STALE_SECONDS: Final = 0.5
 _SLOW_SECONDS: Final = 3.0  # from when on a pod that does not start is asked for why
+# What the API server says of a server-side apply with a field that the definition lacks.
+_UNDECLARED: Final = re.compile(r"\.status\.(\w+): field not declared in schema")
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _JOBSET_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 _CONDITIONS: Final = ("Failed", "Succeeded", "Running", "Admitted")
@@ -291,9 +294,20 @@ class Cluster:
             if action.kind == "ConfigMap":
                 memory.config_map = None
         elif isinstance(action, PatchStatus):
-            self._keep(memory, await self._api.apply_status(with_status(about, action.status)))
+            self._keep(memory, await self._applied_status(about, action.status))
         elif isinstance(action, Event):
             await self._tell(about, action)
+
+    async def _applied_status(self, about: Object, status: Mapping[str, Any]) -> Object:
+        """Apply a status, without fields that the cluster's definition, older than this operator, lacks."""
+        known = dict(status)
+        while True:
+            try:
+                return await self._api.apply_status(with_status(about, known))
+            except ApiError as error:
+                unknown = _UNDECLARED.search(str(error))
+                if unknown is None or known.pop(unknown[1], None) is None:
+                    raise
 
     def _keep(self, memory: _Memory, made: Object) -> None:
         if made["kind"] == "ConfigMap":
