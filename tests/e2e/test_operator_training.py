@@ -74,7 +74,7 @@ def loaded(cluster, image, photographs, operator):
 @pytest.fixture(scope="module")
 def training(cluster, image, operator, loaded, jobs) -> Jobs:
     yield jobs
-    jobs.remove("photographs", "calm", "stormy")
+    jobs.remove("photographs", "gang-calm", "gang-stormy")
 
 
 def in_pod(cluster, image, name, *command) -> str:
@@ -207,11 +207,11 @@ def accuracies(status: dict) -> dict[str, str]:
 
 
 def test_killed_and_deleted_workers_end_in_the_weights_of_an_undisturbed_training(training, cluster, image):
-    training.start(disturbable(training, "calm", image))
-    training.wait("calm", seconds=400)
-    undisturbed = weights(cluster, image, "calm")
-    training.start(disturbable(training, "stormy", image))
-    stormy = Disturbed(training, "stormy")
+    training.start(disturbable(training, "gang-calm", image))
+    training.wait("gang-calm", seconds=400)
+    undisturbed = weights(cluster, image, "gang-calm")
+    training.start(disturbable(training, "gang-stormy", image))
+    stormy = Disturbed(training, "gang-stormy")
     chance = random.Random(6)
     plan = [("train_head", stormy.kill, 1), ("fine_tune", stormy.delete, 0), ("fine_tune", stormy.kill, 0)]
     for _ in range(ROUNDS):
@@ -222,11 +222,11 @@ def test_killed_and_deleted_workers_end_in_the_weights_of_an_undisturbed_trainin
         if stormy.at_work(stage):
             disturb(index)
     assert stormy.kills >= 2
-    training.wait("stormy", seconds=400)
-    status = training.get("stormy")["status"]
+    training.wait("gang-stormy", seconds=400)
+    status = training.get("gang-stormy")["status"]
     assert status["restarts"] >= stormy.kills
-    assert weights(cluster, image, "stormy") == undisturbed
-    calm = training.get("calm")["status"]
+    assert weights(cluster, image, "gang-stormy") == undisturbed
+    calm = training.get("gang-calm")["status"]
     assert accuracies(status) == accuracies(calm)
 
 
