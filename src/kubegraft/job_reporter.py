@@ -43,7 +43,7 @@ class Reporter:
             speaks: Whether this pod prints; of several workers the chief does.
         """
         self._report, self._speaks, self._ended = Report(), speaks, False
-        self._file = _termination_file()
+        self._file = termination_file()
 
     def begin(self, stage: str) -> None:
         """Say that a stage begins."""
@@ -103,7 +103,8 @@ class Reporter:
                 self._file.write_text(text, encoding="utf-8")
 
 
-def _termination_file() -> Path | None:
+def termination_file() -> Path | None:
+    """Return where a pod's last word goes; None outside of one."""
     if named := os.environ.get(TERMINATION_VARIABLE):
         return Path(named)
     return _DEFAULT_FILE if _DEFAULT_FILE.exists() else None

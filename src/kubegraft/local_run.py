@@ -120,19 +120,29 @@ def check_before_work(run_config: RunConfig, output_dir: Path) -> None:
         WeightsError: If the backbone's weights can't be had.
         EnvironmentFault: If accelerators were asked for that are not there.
     """
+    _check_source(run_config.ingest.source, output_dir)
+    _check_output(output_dir)
+    check_choices(run_config)
+    require_accelerators_for_run()
+
+
+def check_choices(run_config: RunConfig) -> None:
+    """Raise what would stop training later: a wrong backbone, input size, number of blocks or weights.
+
+    Raises:
+        ConfigError: If the backbone is unknown, does not take the input size, or has fewer blocks.
+        WeightsError: If its weights can't be had.
+    """
     from kubegraft.config import AUTO
     from kubegraft.modeling.backbones import get_backbone
     from kubegraft.modeling.weights import check_weights
 
-    _check_source(run_config.ingest.source, output_dir)
-    _check_output(output_dir)
     head = run_config.head
     backbone = get_backbone(head.backbone)
     if head.input_size != AUTO:
         backbone.check_input_size(head.input_size)
     backbone.check_num_blocks(run_config.fine_tune.num_blocks)
     check_weights(backbone, head.weights, head.weights_sha256)
-    require_accelerators_for_run()
 
 
 def _check_source(source: str, output_dir: Path) -> None:

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
 
 from kubegraft.config_file import load_run_config
 from kubegraft.data.ingest import ingest
 from kubegraft.data.manifest import read_images
 from kubegraft.errors import KubegraftError
 from kubegraft.job_report import Report
+from kubegraft.job_reporter import termination_file
 from kubegraft.processes import catch_stop_signals, exit_on_error, refused_by_system
 from kubegraft.run_config import RunConfig
 from kubegraft.stage import write_atomically
-
-_FILE_VARIABLE: Final = "KUBEGRAFT_TERMINATION_FILE"
-_DEFAULT_FILE: Final = "/dev/termination-log"
 
 Image = tuple[str, str, str]  # split, class, SHA-256
 
@@ -119,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _say(report: Report) -> None:
     sys.stdout.write(report.to_json() + "\n")
-    path = Path(os.environ.get(_FILE_VARIABLE, _DEFAULT_FILE))
-    if _FILE_VARIABLE in os.environ or path.exists():
+    if path := termination_file():
         path.write_text(report.to_json(), encoding="utf-8")
 
 

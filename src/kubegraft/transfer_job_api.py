@@ -101,7 +101,9 @@ class TransferJobs:
         if found is None:
             return self.ensure(wanted)
         log_event("distributed", "found", job=wanted.name)
-        if _has_failed(found):  # what it had done is on the volume, and a new one goes on from there
+        if true_condition(
+            found, "Failed"
+        ):  # what it had done is on the volume, and a new one goes on from there
             self.delete(wanted.name)
             time.sleep(_AGAIN_SECONDS)
             return self.ensure(wanted)
@@ -196,6 +198,10 @@ def _own_namespace() -> str:
     return os.environ.get("POD_NAMESPACE", "default")
 
 
-def _has_failed(job: Object) -> bool:
-    conditions = (job.get("status") or {}).get("conditions", ())
-    return any(each["type"] == "Failed" and each["status"] == "True" for each in conditions)
+def true_condition(job: Object, kind: str) -> Object | None:
+    """Return the condition of a type, if it is there and true."""
+    for condition in (job.get("status") or {}).get("conditions", ()):
+        if condition["type"] == kind and condition["status"] == "True":
+            found: Object = condition
+            return found
+    return None

@@ -25,7 +25,7 @@ from kubegraft.errors import (
     TrainingError,
 )
 from kubegraft.reporting.events import log_event
-from kubegraft.transfer_job_api import Object, TransferJobs, Wanted
+from kubegraft.transfer_job_api import Object, TransferJobs, Wanted, true_condition
 
 _POLL_SECONDS: Final = 3.0
 _GIVE_UP_SECONDS: Final = 300.0
@@ -180,17 +180,9 @@ def _follow(jobs: TransferJobs, job: Object, stop: threading.Event) -> Object | 
         if (line := _progress(found)) != shown:
             shown = line
             log_event("distributed", "progress", job=name, state=line)
-        if _condition(found, "Succeeded") or _condition(found, "Failed"):
+        if true_condition(found, "Succeeded") or true_condition(found, "Failed"):
             return found
         stop.wait(_POLL_SECONDS)
-    return None
-
-
-def _condition(job: Object, name: str) -> Object | None:
-    for condition in (job.get("status") or {}).get("conditions", ()):
-        if condition["type"] == name and condition["status"] == "True":
-            found: Object = condition
-            return found
     return None
 
 
@@ -207,7 +199,7 @@ def _progress(job: Object) -> str:
 
 def _outcome(job: Object) -> Outcome:
     name, status = job["metadata"]["name"], job["status"]
-    if failed := _condition(job, "Failed"):
+    if failed := true_condition(job, "Failed"):
         kind = _ERRORS.get(failed.get("reason", ""), TrainingError)
         raise kind(f"The TransferJob {name} failed: {failed.get('reason')}: {failed.get('message')}")
     metrics = {_snake(key): float(value) for key, value in (status.get("metrics") or {}).items()}

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from kubegraft import __version__
-from kubegraft.config import AUTO
 from kubegraft.config_file import load_run_config, to_values
 from kubegraft.errors import Interrupted, KubegraftError, PeerLost
 from kubegraft.job_reporter import Reporter
@@ -141,23 +140,12 @@ def _prepare(job: _Job) -> None:
     identity = _identity(asdict(job.config.ingest))
     if not job.is_done(_PREPARED_FILE, identity):
         from kubegraft.data.ingest import ingest
+        from kubegraft.local_run import check_choices
 
-        _check_choices(job.config)
+        check_choices(job.config)
         ingest(job.output("ingest"), job.config.ingest)
         job.mark_done(_PREPARED_FILE, identity)
     job.reporter.done(dataset_digest=read_result(job.output("ingest")).digest)
-
-
-def _check_choices(config: RunConfig) -> None:
-    """Raise what would stop training later: a wrong backbone, input size, number of blocks or weights."""
-    from kubegraft.modeling.backbones import get_backbone
-    from kubegraft.modeling.weights import check_weights
-
-    backbone = get_backbone(config.head.backbone)
-    if config.head.input_size != AUTO:
-        backbone.check_input_size(config.head.input_size)
-    backbone.check_num_blocks(config.fine_tune.num_blocks)
-    check_weights(backbone, config.head.weights, config.head.weights_sha256)
 
 
 def _train(job: _Job) -> None:

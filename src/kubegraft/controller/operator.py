@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import time
 import traceback
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -276,7 +275,7 @@ class _Alive:
 
     def __init__(self, queue: WorkQueue[Key]) -> None:
         self.up = self.working = False
-        self._queue, self._began = queue, time.monotonic()
+        self._queue = queue
 
     def healthy(self) -> str:
         seconds = self._queue.longest_work_seconds()

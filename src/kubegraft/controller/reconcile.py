@@ -71,7 +71,7 @@ def reconcile(observed: Observed, settings: Settings) -> tuple[Action, ...]:
         return ()  # what it owns goes with it
     if has_ended(view.before):
         return _after_the_end(view)
-    if view.jobset is not None and not is_owned(view.jobset, view.spec):
+    if view.jobset is not None and not is_owned(view.jobset, view.spec.uid):
         return _conflict(view)
     if view.jobset is not None and is_deleted(view.jobset):
         return (Requeue(LOOK_AGAIN_SECONDS),)  # its name is free when its pods are gone
@@ -209,7 +209,7 @@ def _next_look(view: View, jobset: Manifest) -> float:
 def _after_the_end(view: View) -> tuple[Action, ...]:
     jobset = view.jobset
     stop: tuple[Action, ...] = ()
-    if jobset and is_owned(jobset, view.spec) and not is_deleted(jobset) and end_of(jobset) is None:
+    if jobset and is_owned(jobset, view.spec.uid) and not is_deleted(jobset) and end_of(jobset) is None:
         stop = (delete_jobset(jobset),)  # made or left by a stale read
     told: tuple[Action, ...] = ()
     if view.before.get("observedGeneration") != view.spec.generation:

@@ -12,14 +12,23 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from kubegraft.controller.actions import Action, Apply, Delete, Event, PatchStatus, Requeue
-from kubegraft.controller.conditions import READY, Condition, merged, moment, shortened, timestamp
+from kubegraft.controller.conditions import (
+    READY,
+    SUCCEEDED,
+    Condition,
+    holds,
+    merged,
+    moment,
+    shortened,
+    timestamp,
+)
 from kubegraft.controller.data_look import CHANGED_FRACTION, Seen, look_labels, render_look, what_was_seen
 from kubegraft.controller.observed import SCHEDULE_LABEL, ObservedSchedule
 from kubegraft.controller.settings import Settings
 from kubegraft.controller.spec import API_VERSION, JOB_KIND, SCHEDULE_KIND, JobSpec, owner_reference
 from kubegraft.controller.status import Status
 from kubegraft.controller.ticks import Cron, parse_cron
-from kubegraft.controller.view import has_ended, is_deleted, status_of
+from kubegraft.controller.view import has_ended, is_deleted, is_owned, status_of
 from kubegraft.errors import ConfigError
 from kubegraft.rendering.pods import Manifest
 
@@ -105,11 +114,7 @@ def reconcile_schedule(observed: ObservedSchedule, settings: Settings) -> tuple[
 
 def _own(schedule: Manifest, found: tuple[Manifest, ...]) -> tuple[Manifest, ...]:
     uid = schedule["metadata"].get("uid")
-    return tuple(
-        each
-        for each in found
-        if any(owner.get("uid") == uid for owner in each["metadata"].get("ownerReferences") or ())
-    )
+    return tuple(each for each in found if is_owned(each, uid))
 
 
 def _tick_text(made: Manifest) -> str:
@@ -118,8 +123,7 @@ def _tick_text(made: Manifest) -> str:
 
 
 def _succeeded(job: Manifest) -> bool:
-    conditions = status_of(job).get("conditions") or ()
-    return any(each.get("type") == "Succeeded" and each.get("status") == "True" for each in conditions)
+    return holds(status_of(job).get("conditions") or (), SUCCEEDED)
 
 
 def _tell_broken(observed: ObservedSchedule, message: str) -> tuple[Action, ...]:

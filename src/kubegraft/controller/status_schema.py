@@ -69,17 +69,21 @@ def conditions() -> Schema:
     }
 
 
+def _generation() -> Schema:
+    return {
+        "type": "integer",
+        "format": "int64",
+        "minimum": 0,
+        "description": "Generation of the spec that this is about.",
+    }
+
+
 def job_status() -> Schema:
     """Return the schema of a TransferJob's `status`."""
     metrics = {name: text(help_text, length=32) for name, help_text in METRICS.values()}
     properties = {
         "conditions": conditions(),
-        "observedGeneration": {
-            "type": "integer",
-            "format": "int64",
-            "minimum": 0,
-            "description": "Generation of the spec that this is about.",
-        },
+        "observedGeneration": _generation(),
         "stage": {**text("Furthest stage that was begun."), "enum": ["", *STAGES]},
         "progress": integer("Percent of the whole job, in tens.", 0, 100),
         "restarts": integer("How often the pods were started again, for whatever reason.", 0, _RESTARTS),
@@ -123,12 +127,7 @@ def schedule_status() -> Schema:
     }
     properties = {
         "conditions": conditions(),
-        "observedGeneration": {
-            "type": "integer",
-            "format": "int64",
-            "minimum": 0,
-            "description": "Generation of the spec that this is about.",
-        },
+        "observedGeneration": _generation(),
         "active": active,
         "lastScheduleTime": time("Last tick that was decided."),
         "lastRunTime": time("Last tick that made a job."),

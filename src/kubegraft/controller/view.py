@@ -91,10 +91,10 @@ def has_ended(status: Status) -> bool:
     return holds(conditions, SUCCEEDED) or holds(conditions, FAILED)
 
 
-def is_owned(jobset: Manifest, spec: JobSpec) -> bool:
-    """Return whether the job made this JobSet."""
-    owners = jobset["metadata"].get("ownerReferences") or ()
-    return any(owner.get("uid") == spec.uid for owner in owners)
+def is_owned(manifest: Manifest, uid: str) -> bool:
+    """Return whether an object was made for the one with this uid."""
+    owners = manifest["metadata"].get("ownerReferences") or ()
+    return any(owner.get("uid") == uid for owner in owners)
 
 
 def is_suspended(jobset: Manifest) -> bool:
