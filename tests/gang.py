@@ -133,20 +133,19 @@ def main(directory, *actions):
     """Do what the actions say, and end with the exit code of the first that fails."""
     from kubegraft import tensorflow_setup
     from kubegraft.errors import KubegraftError
-    from kubegraft.processes import catch_stop_signals, watch_for_stop
+    from kubegraft.processes import catch_stop_signals, watching_for_stop
 
     faulthandler.register(signal.SIGUSR1)
     register_tiny_backbone()
     catch_stop_signals()
-    watch_for_stop()
     tensorflow_setup.setup(0)
     code = 0
+    kinds = {"replicas": _replicas, "train": _train, "job": _job, "tune": tune}
     try:
-        for action in actions:
-            kind, _, rest = action.partition(":")
-            code = code or {"replicas": _replicas, "train": _train, "job": _job, "tune": tune}[kind](
-                directory, rest
-            )
+        with watching_for_stop():
+            for action in actions:
+                kind, _, rest = action.partition(":")
+                code = code or kinds[kind](directory, rest)
     except KubegraftError as error:
         sys.stdout.write(f"ERROR {error}\n")
         code = error.exit_code

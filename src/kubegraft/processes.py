@@ -41,20 +41,33 @@ def before_stopping(act: Callable[[], None] | None) -> None:
     _last_act[:] = [act] if act else []
 
 
-def watch_for_stop() -> None:
-    """Let SIGTERM do its work also while the main thread waits in native code, where Python handles no signals."""
+@contextlib.contextmanager
+def watching_for_stop() -> Iterator[None]:
+    """Within the block, SIGTERM does its work also while the main thread waits in native code.
+
+    Python itself handles signals only between its own instructions, in the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
+        yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def follow() -> None:
-        while True:
-            if signal.SIGTERM in os.read(reader, 1):
-                _handle_stop()
+        with os.fdopen(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if signal.SIGTERM in number:
+                    _handle_stop()
 
-    threading.Thread(target=follow, daemon=True, name="watch-for-stop").start()
+    thread = threading.Thread(target=follow, daemon=True, name="watch-for-stop")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        thread.join()
 
 
 def _handle_stop(*_: object) -> None:

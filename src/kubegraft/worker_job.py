@@ -26,7 +26,7 @@ from kubegraft.processes import (
     before_stopping,
     catch_stop_signals,
     refused_by_system,
-    watch_for_stop,
+    watching_for_stop,
 )
 from kubegraft.reporting import progress
 from kubegraft.reporting.events import log_event
@@ -81,12 +81,11 @@ def run_part(part: str, config_path: str, directory: str, publish_uri: str = "")
         "finish": lambda job: _finish(job, publish_uri),
     }
     catch_stop_signals()
-    watch_for_stop()
     reporter = Reporter(speaks=part != "train" or _task_index() == 0)
     before_stopping(lambda: reporter.fail(Interrupted.exit_code, "Interrupted", "asked to stop (SIGTERM)"))
     progress.observers.append(reporter.observe)
     try:
-        with _refusals():
+        with watching_for_stop(), _refusals():
             Path(directory).mkdir(parents=True, exist_ok=True)
             parts[part](_Job(Path(directory), load_run_config(config_path), reporter))
     except KubegraftError as error:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -81,13 +82,13 @@ def test_reports_are_few(termination, capsys):
 STOPPED_IN_NATIVE_CODE = """
 import ctypes, os
 from kubegraft.job_reporter import Reporter
-from kubegraft.processes import before_stopping, catch_stop_signals, watch_for_stop
+from kubegraft.processes import before_stopping, catch_stop_signals, watching_for_stop
 catch_stop_signals()
-watch_for_stop()
 before_stopping(lambda: Reporter().fail(143, "Interrupted", "asked to stop"))
-print("ready", flush=True)
-while True:
-    ctypes.CDLL(None).pause()  # returns to Python only for a moment; the thread does not need that
+with watching_for_stop():
+    print("ready", flush=True)
+    while True:
+        ctypes.CDLL(None).pause()  # returns to Python only for a moment; the thread does not need that
 """
 
 
@@ -102,6 +103,21 @@ def test_a_stop_is_obeyed_and_reported_while_native_code_waits(termination):
     report = parse_report(termination.read_text())
     assert report is not None
     assert (report.exit_code, report.error) == (143, "Interrupted")
+
+
+def test_no_one_watches_for_a_stop_once_a_part_has_ended(tmp_path, termination, monkeypatch):
+    from kubegraft import worker_job
+
+    seen = []
+    monkeypatch.setattr(worker_job, "load_run_config", lambda _: seen.extend(watchers()) or 1 / 0)
+    assert call("prepare", tmp_path) == 1
+    assert len(seen) == 1
+    assert not watchers()
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def watchers():
+    return [thread for thread in threading.enumerate() if thread.name == "watch-for-stop"]
 
 
 WATCHED = """
