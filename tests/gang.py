@@ -4,7 +4,7 @@
 
 Actions of the loop alone: `train:NAME` trains a head to the end (from its checkpoint if there is one) and prints its
 history and the digest of its weights; `train:NAME:SIGNAL@INDEX` sends itself a signal in its sixth step, if it is
-worker INDEX.
+worker INDEX; `train:NAME:CUT@INDEX` waits in that step until the gang's `Lines` are cut.
 Actions of the stages: `job:PART` runs a part of a job; `tune:NAME` fine-tunes the job's head by the whole graph.
 """
 
@@ -14,10 +14,12 @@ import dataclasses
 import faulthandler
 import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,13 +34,18 @@ fine_tune: {{num_blocks: 1, num_epochs: 2, batch_size: 8, learning_rate: 1e-2, a
 STEP_OF_SIGNAL = 6
 
 
-def start(directory, *actions, num_workers=1, num_started=None, **environment):
-    """Start the processes of a gang; each writes to `<directory>/<index>.out` and `.err`."""
+def start(directory, *actions, num_workers=1, num_started=None, lines=None, **environment):
+    """Start the processes of a gang; each writes to `<directory>/<index>.out` and `.err`.
+
+    Args:
+        lines: `Lines` through which they reach one another; None for directly.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(num_workers)]
     processes = []
     for index in range(num_started or num_workers):
-        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        seen = lines.to_others(addresses, index) if lines else addresses
+        task = {"cluster": {"worker": seen}, "task": {"type": "worker", "index": index}}
         own = {
             "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
             "KUBEGRAFT_TERMINATION_FILE": str(directory / f"{index}.termination"),
@@ -72,6 +79,77 @@ def printed(directory, index=0):
     lines = (directory / f"{index}.out").read_text().splitlines()
     rows = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
     return {row["name"]: row for row in rows}
+
+
+class Lines:
+    """What the workers of a gang reach one another through, and a partition of their network.
+
+    Once cut nothing comes through in either direction, and no connection ends: packets are lost, not refused.
+    """
+
+    def __init__(self, directory):
+        self._request = directory / "cut"
+        self._selector = selectors.DefaultSelector()
+        self.are_cut = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._forward, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._closing.set()
+        self._thread.join()
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+        self._selector.close()
+
+    def to_others(self, addresses, index):
+        """Return the addresses as worker `index` is to see them."""
+        return [
+            address if other == index else self._line_to(address) for other, address in enumerate(addresses)
+        ]
+
+    def _line_to(self, address):
+        server = socket.create_server(("127.0.0.1", 0))
+        self._selector.register(server, selectors.EVENT_READ, address)
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+    def _forward(self):
+        while not self._closing.is_set():
+            if self._request.exists():
+                self.are_cut.set()
+                self._request.unlink()  # the worker that asked for it goes on now
+                self._closing.wait()
+                return
+            for key, _ in self._selector.select(0.05):
+                if isinstance(key.data, str):
+                    self._connect(key.fileobj, key.data)
+                elif key.fileobj.fileno() >= 0:  # else closed with its other end just now
+                    self._pass_on(key.fileobj, key.data)
+
+    def _connect(self, server, address):
+        near, _ = server.accept()
+        host, port = address.split(":")
+        try:
+            far = socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:  # it has not started yet
+            near.close()
+            return
+        self._selector.register(near, selectors.EVENT_READ, far)
+        self._selector.register(far, selectors.EVENT_READ, near)
+
+    def _pass_on(self, source, target):
+        try:
+            sent = source.recv(1 << 20)
+            target.sendall(sent)
+        except OSError:
+            sent = b""
+        if not sent:
+            for end in (source, target):
+                self._selector.unregister(end)
+                end.close()
 
 
 def _frozen(pid):
@@ -187,7 +265,7 @@ def _train(directory, rest):
     steps.RESIDENT_BYTES = 0  # a call of the graph for each step
     strategy = make_strategy()
     if disturbance:
-        _disturb(loop, strategy, disturbance)
+        _disturb(loop, strategy, disturbance, directory)
     with strategy.scope():
         trainable, model = head()
     history = loop.train(
@@ -198,7 +276,7 @@ def _train(directory, rest):
     return 0
 
 
-def _disturb(loop, strategy, disturbance):
+def _disturb(loop, strategy, disturbance, directory):
     from kubegraft.training.distribution import workers_of
 
     name, index = disturbance.split("@")
@@ -208,11 +286,19 @@ def _disturb(loop, strategy, disturbance):
 
     def and_then(self, *arguments):
         calls.append(1)
-        if len(calls) == STEP_OF_SIGNAL:
+        if len(calls) == STEP_OF_SIGNAL and name == "CUT":
+            _ask_for_cut(directory / "cut")
+        elif len(calls) == STEP_OF_SIGNAL:
             os.kill(os.getpid(), signal.Signals[name])
         return told(self, *arguments)
 
     loop.Pace.told = and_then
+
+
+def _ask_for_cut(request):
+    request.touch()
+    while request.exists():
+        time.sleep(0.01)
 
 
 def _print(name, **values):

@@ -6,6 +6,8 @@ Variables: KUBEGRAFT_E2E_ROUNDS, how many more times a training is disturbed, by
 import json
 import os
 import random
+import sys
+import time
 
 import pytest
 import yaml
@@ -180,11 +182,28 @@ class Disturbed:
 
     def kill(self, index: int) -> None:
         """SIGKILL a worker's process, as the kernel would."""
-        pod = self.pod(index)
+        self.signal(self.pod(index), "KILL")
+
+    def freeze(self, index: int) -> None:
+        """Stop a worker's process; it lives, and answers nobody any more."""
+        self.signal(self.pod(index), "STOP")
+
+    def signal(self, pod: dict, name: str) -> None:
         container = pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2]
-        script = f"grep -l {container} /proc/[0-9]*/cgroup | cut -d/ -f3 | xargs -r kill -9"
+        script = f"grep -l {container} /proc/[0-9]*/cgroup | cut -d/ -f3 | xargs -r kill -{name}"
         run(["docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script])
         self.gone(pod)
+
+    def part(self, index: int) -> None:
+        """Lose all packets to a worker, which lives."""
+        pod = self.pod(index)
+        route = ["docker", "exec", pod["spec"]["nodeName"], "ip", "route"]
+        target = f"{pod['status']['podIP']}/32"
+        run([*route, "replace", "blackhole", target])
+        try:
+            self.gone(pod)
+        finally:
+            run([*route, "delete", "blackhole", target])
 
     def delete(self, index: int) -> None:
         pod = self.pod(index)
@@ -206,22 +225,29 @@ def accuracies(status: dict) -> dict[str, str]:
     return {name: value for name, value in status["metrics"].items() if "Accuracy" in name}
 
 
-def test_killed_and_deleted_workers_end_in_the_weights_of_an_undisturbed_training(training, cluster, image):
+def test_killed_deleted_frozen_and_parted_workers_end_in_the_weights_of_an_undisturbed_training(
+    training, cluster, image
+):
     training.start(disturbable(training, "gang-calm", image))
     training.wait("gang-calm", seconds=400)
     undisturbed = weights(cluster, image, "gang-calm")
     training.start(disturbable(training, "gang-stormy", image))
     stormy = Disturbed(training, "gang-stormy")
     chance = random.Random(6)
-    plan = [("train_head", stormy.kill, 1), ("fine_tune", stormy.delete, 0), ("fine_tune", stormy.kill, 0)]
+    disturbances = [stormy.kill, stormy.delete, stormy.freeze, stormy.part]
+    plan = [("train_head", stormy.kill, 1), ("train_head", stormy.part, 1)]
+    plan += [("fine_tune", disturb, 0) for disturb in disturbances[:3]]
     for _ in range(ROUNDS):
         stage = chance.choice(["train_head", "fine_tune"])
-        plan.append((stage, chance.choice([stormy.kill, stormy.delete]), chance.randrange(2)))
+        plan.append((stage, chance.choice(disturbances), chance.randrange(2)))
     plan.sort(key=lambda one: one[0], reverse=True)  # the head comes first
     for stage, disturb, index in plan:
         if stormy.at_work(stage):
+            started = time.monotonic()
             disturb(index)
-    assert stormy.kills >= 2
+            seconds = time.monotonic() - started
+            sys.stdout.write(f"{disturb.__name__} {index} in {stage}: again in {seconds:.0f} s\n")
+    assert stormy.kills >= 4
     training.wait("gang-stormy", seconds=400)
     status = training.get("gang-stormy")["status"]
     assert status["restarts"] >= stormy.kills

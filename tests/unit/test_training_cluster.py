@@ -141,6 +141,17 @@ def test_a_frozen_worker_ends_the_others_with_the_code_to_start_again(gangs):
     assert "Start all of them again" in (root / "frozen" / "0.out").read_text()
 
 
+def test_workers_that_a_partition_separates_end_with_the_code_to_start_again(tmp_path):
+    """Both live, and all that they send one another is lost."""
+    with gang.Lines(tmp_path) as lines:
+        processes = gang.start(tmp_path / "g", "train:parted:CUT@1", num_workers=2, lines=lines)
+        assert lines.are_cut.wait(120)
+        started = time.monotonic()
+        assert gang.finish(processes) == [75, 75]
+    assert time.monotonic() - started < 60
+    assert not gang.printed(tmp_path / "g")
+
+
 def test_a_peer_that_never_starts_ends_the_others_with_the_code_to_start_again(alone, tmp_path):
     _prepare(alone, tmp_path)
     started = time.monotonic()

@@ -20,7 +20,8 @@ _CACHE_VARIABLE: Final = "KUBEGRAFT_CACHE"
 _BUDGET_VARIABLE: Final = "KUBEGRAFT_CACHE_BUDGET"
 _OPEN_BUDGET: Final = "auto"
 _LOST_NODE_SECONDS: Final = 30  # Kubernetes' own 300 would leave a gang waiting
-_GRACE_SECONDS: Final = 60  # time for a checkpoint, on SIGTERM
+# Time for a checkpoint, on SIGTERM. A frozen pod uses it up, and the gang waits for that.
+_GRACE_SECONDS: Final = 30
 _LIMITS: Final = {"cpu": "4", "memory": "8Gi", "ephemeral-storage": "8Gi"}
 _REQUESTS: Final = {"cpu": "1", "memory": "4Gi", "ephemeral-storage": "1Gi"}
 
