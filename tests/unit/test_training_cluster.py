@@ -90,6 +90,14 @@ def test_two_workers_see_the_losses_of_one_process(gangs, tmp_path):
     _same_losses([history.start, *history.epochs], gang.printed(root / "killed")["streamed"]["history"])
 
 
+def test_four_workers_see_them_too_and_end_with_the_same_bits(gangs, tmp_path):
+    assert gang.finish(gang.start(tmp_path / "four", "train:streamed", num_workers=4)) == [0] * 4
+    four = [gang.printed(tmp_path / "four", index)["streamed"] for index in range(4)]
+    assert len({row["digest"] for row in four}) == 1
+    root, _ = gangs
+    _same_losses(four[0]["history"], gang.printed(root / "killed")["streamed"]["history"])
+
+
 @pytest.mark.parametrize(
     "model", ["job/train-head/model", "job/fine-tune/model", "whole"], ids=["head", "suffix", "whole graph"]
 )
