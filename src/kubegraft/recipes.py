@@ -25,6 +25,7 @@ _LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
 # Views that are kept of each image, up to so many images: more vary enough by themselves.
 _NUM_VIEWS: Final = 2
 _MOST_VARIED: Final = 200_000
+_EPOCHS_A_VIEW: Final = 4
 # Pooled features of the registered backbones have 512 to 2,560 numbers.
 _WEIGHTS_OF_A_CLASS: Final = 1000
 
@@ -175,8 +176,8 @@ def fine_tune_wish(
     """
     transforms = {name.strip() for name in resolved.augmentation.split(",")} - {"none"}
     views = _NUM_VIEWS if facts.num_train <= _MOST_VARIED else 1
-    # A view costs a pass through the frozen blocks, which must not outweigh the epochs that it is for.
-    views = max(1, min(views, -(-resolved.num_epochs // 2)))
+    # A view costs a pass through the frozen blocks, about what an epoch costs, and pays only when it is seen often.
+    views = max(1, min(views, resolved.num_epochs // _EPOCHS_A_VIEW))
     chosen = given.augmentation not in (AUTO_NAME, "none")
     if chosen:
         views = max(views, 2)

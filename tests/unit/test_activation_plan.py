@@ -100,14 +100,15 @@ def test_what_must_pass_the_frozen_blocks_trains_the_full_graph(changes, reason)
 @pytest.mark.parametrize(
     ("options", "num_train", "expected"),
     [
-        ({}, 1_000, 2),
+        ({}, 300, 2),
+        ({}, 1_000, 1),
         ({"num_epochs": 8}, 150_000, 2),
         ({}, 1_000_000, 1),
         ({"augmentation": "flip"}, 1_000_000, 2),
         ({"augmentation": "none"}, 1_000, 1),
-        ({"num_epochs": 2}, 1_000, 1),
+        ({"num_epochs": 7}, 300, 1),
     ],
-    ids=["few", "more", "many", "many, but the user wants it", "none", "one for two epochs"],
+    ids=["few", "fewer epochs", "more", "many", "many, but the user wants it", "none", "too few epochs"],
 )
 def test_views_kept_of_each_image(options, num_train, expected):
     facts = DatasetFacts(num_train, 300, 10, num_train // 10, num_train // 10, 100, 100)

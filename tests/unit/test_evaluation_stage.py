@@ -132,6 +132,21 @@ def test_what_the_cache_holds_is_not_computed_again(paths, tmp_path, monkeypatch
     assert second.digest == first.digest == paths["result"].digest
 
 
+def test_a_fine_tuned_model_and_the_one_before_it_take_one_pass(paths, tmp_path, monkeypatch):
+    config = EvaluateConfig(num_bootstrap_samples=200)
+    tuned = write_model(tmp_path / "tuned", paths["dataset"], skill=1.0, num_unfrozen_blocks=2)
+    by_cache = {}
+    for cache in ("none", str(tmp_path / "cache")):
+        monkeypatch.setenv("KUBEGRAFT_CACHE", cache)
+        output = tmp_path / f"evaluation-{len(by_cache)}"
+        by_cache[cache] = evaluate(paths["dataset"], tuned, output, config, paths["reference"])
+    without, cached = by_cache.values()
+    num_test = cached.metrics["num_test"]
+    assert cached.metrics["features_computed"] == cached.metrics["features_found"] == num_test
+    assert without.metrics["features_computed"] == 2 * num_test
+    assert cached.digest == without.digest
+
+
 def test_without_a_reference_nothing_is_compared(paths, tmp_path):
     config = EvaluateConfig(num_bootstrap_samples=10, num_worst_images=0)
     result = evaluate(paths["dataset"], paths["model"], tmp_path / "evaluation", config)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from kubegraft.errors import ConfigError, DivergenceError, Interrupted
 from kubegraft.training import loop, steps
@@ -181,6 +182,33 @@ def test_what_is_kept_are_the_averaged_weights_that_were_validated(tmp_path):
     plain, _ = run(tmp_path / "plain.ckpt", plain=True, average_decay=0.0)
     assert plain.start == history.start
     assert plain.epochs[0]["validation_loss"] != history.epochs[0]["validation_loss"]
+
+
+def test_rows_are_made_outside_of_the_time_that_a_step_may_take(tmp_path, monkeypatch):
+    """A frozen pass over many images takes hours, and a worker's step a minute at most."""
+    events = []
+
+    class Rows(FeatureSource):
+        def prepare(self):
+            events.append("prepare")
+
+        def batch(self, batches, step, columns=slice(None)):
+            return tf.constant(self.features[batches.index[step, columns]])
+
+    def watch(self, calls):
+        events.append("watch")
+        return calls
+
+    monkeypatch.setattr(loop.Pace, "watch", watch)
+    monkeypatch.setattr(steps, "RESIDENT_BYTES", 0)
+    strategy = make_strategy(["CPU:0"])
+    with strategy.scope():
+        trainable, _ = head()
+    source = Rows(examples().features, examples().labels)
+    train(
+        strategy, trainable, (source, examples()), config(num_epochs=2, mixup_alpha=0.0), tmp_path / "a.ckpt"
+    )
+    assert events == ["prepare", "watch"] * 2
 
 
 def test_training_stops_when_nothing_improves(tmp_path):

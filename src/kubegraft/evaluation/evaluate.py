@@ -168,17 +168,23 @@ class _Evaluation:
         from kubegraft.data.shards import SplitReader
         from kubegraft.evaluation.inference import answer_split
         from kubegraft.modeling.classifier import load_classifier
+        from kubegraft.modeling.model_files import classifier_metadata
         from kubegraft.training.frozen_pass import PassCounts, work_of
 
-        models, counts = [], PassCounts()
+        models, counts, next_cut = list[EvaluatedModel](), PassCounts(), 0
+        metadata = [classifier_metadata(model_dir) for model_dir in self.model_dirs]
+        for found, model_dir in zip(metadata, self.model_dirs, strict=True):
+            _require_same_classes(found["classes"], self.manifest.classes, model_dir)
+        if {found["backbone"] for found in metadata} == {metadata[0]["backbone"]}:
+            next_cut = metadata[0]["num_unfrozen_blocks"]
         with SplitReader(self.dataset_dir, self.manifest, "test") as reader:
-            for number, model_dir in enumerate(self.model_dirs):
-                loaded = load_classifier(model_dir)
-                _require_same_classes(loaded.metadata["classes"], self.manifest.classes, model_dir)
+            # From the last to the first: a pass through a whole frozen backbone goes by what a fine-tuned model needs.
+            for number in reversed(range(len(metadata))):
                 directory = self.workspace.scratch / f"model-{number}"
                 directory.mkdir(exist_ok=True)
-                answers = answer_split(loaded, reader, directory, counts)
-                models.append(EvaluatedModel(model_dir, dict(loaded.metadata), answers))
+                loaded = load_classifier(self.model_dirs[number])
+                answers = answer_split(loaded, reader, directory, counts, next_cut if number else 0)
+                models.insert(0, EvaluatedModel(self.model_dirs[number], dict(loaded.metadata), answers))
         return models, work_of("evaluate", counts, [reader])
 
     def _measured(self, models: Sequence[EvaluatedModel]) -> dict[str, Any]:

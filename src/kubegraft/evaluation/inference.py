@@ -23,7 +23,7 @@ _BATCH_SIZE: Final = 32
 
 
 def answer_split(
-    loaded: LoadedClassifier, reader: SplitReader, directory: Path, counts: PassCounts
+    loaded: LoadedClassifier, reader: SplitReader, directory: Path, counts: PassCounts, next_cut: int = 0
 ) -> Answers:
     """Return the model's answers to every image, in inference mode and in the reader's order.
 
@@ -35,12 +35,14 @@ def answer_split(
         reader: Split with at least one image.
         directory: For the rows that are computed.
         counts: Is added to.
+        next_cut: Blocks that training unfroze of the model that is asked next, on the same backbone: what it needs is
+            on the way, and the cache takes it. 0 for none.
 
     Raises:
         DataError: If an image can't be read or decoded.
         EvaluationError: If the model's outputs are no probabilities.
     """
-    frozen_pass, behind = _halves(loaded, counts)
+    frozen_pass, behind = _halves(loaded, counts, next_cut)
     rows = frozen_pass.rows(ImageSource(reader, loaded.metadata["input_size"]), directory / "rows.npy")
 
     @tf.function(input_signature=[tf.TensorSpec([None, rows.shape[1]], tf.float32)], autograph=False)
@@ -54,7 +56,9 @@ def answer_split(
     return Answers.joined(answers)
 
 
-def _halves(loaded: LoadedClassifier, counts: PassCounts) -> tuple[FrozenPass, Callable[[Any], Any]]:
+def _halves(
+    loaded: LoadedClassifier, counts: PassCounts, next_cut: int
+) -> tuple[FrozenPass, Callable[[Any], Any]]:
     """Return the pass through the frozen blocks, and a function from its rows to logits `float32[batch, classes]`.
 
     Where all blocks were trained, the pass goes through them all: the model's own, which no other model shares.
@@ -68,7 +72,10 @@ def _halves(loaded: LoadedClassifier, counts: PassCounts) -> tuple[FrozenPass, C
         "counts": counts,
     }
     if not 0 < num_unfrozen < backbone.num_blocks:
-        return FrozenPass.to_pooled(model_parts, backbone, **how), head.logits
+        beside = None
+        if how["cache"].enabled and 0 < next_cut < backbone.num_blocks:
+            beside = split_backbone(model_parts.backbone, backbone, next_cut)
+        return FrozenPass.to_pooled(model_parts, backbone, beside, **how), head.logits
     split = split_backbone(model_parts.backbone, backbone, num_unfrozen)
     return (
         FrozenPass.to_boundary(split, backbone, **how),

@@ -87,9 +87,8 @@ def load_classifier(path: str | os.PathLike[str], *, policy: str = "float32") ->
     """
     import keras
 
-    path = Path(path)
-    file = path / MODEL_FILE if path.is_dir() else path
-    metadata = _metadata(file)
+    file = _file_of(path)
+    metadata = classifier_metadata(file)
     try:
         model = keras.saving.load_model(file, compile=False, safe_mode=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -111,7 +110,14 @@ def model_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def classifier_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what is said about the classifier in a model directory or a `.keras` file, without loading it.
+
+    Raises:
+        ModelError: If there is none, or it is not kubegraft's.
+        WeightsError: If it could run code.
+    """
+    file = _file_of(path)
     try:
         require_safe(file)
         metadata = read_metadata(file)
@@ -125,6 +131,10 @@ def _metadata(file: Path) -> dict[str, Any]:
             "a .keras file of something else. To start from its weights, train a head with weights='<this file>'."
         )
     return metadata
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    return Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:

@@ -8,7 +8,7 @@ all of them together are the boundary activations: one flat row for each image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,22 @@ class SplitBackbone:
     def activations(self, pixels: Any) -> Any:
         """Return boundary activations `[batch, boundary.row_length]` of images `float32[batch, size, size, 3]`."""
         return pack(self.prefix(pixels, training=False))
+
+    def on_the_way(self, core: Any) -> Callable[[Any], tuple[Any, Any]]:
+        """Return a function from images to the last feature map and the boundary activations, in one pass.
+
+        Args:
+            core: The whole backbone that was cut.
+        """
+        import keras
+
+        whole = keras.Model(core.input, [*self.prefix.outputs, core.output])
+
+        def both(pixels: Any) -> tuple[Any, Any]:
+            *crossing, last = whole(pixels, training=False)
+            return last, pack(crossing)
+
+        return both
 
     def feature_map(self, rows: Any) -> Any:
         """Return the last feature map from boundary activations `[batch, boundary.row_length]`."""

@@ -43,6 +43,10 @@ class ActivationSource:
         """The activations, computed now if they are not yet; see `__init__`."""
         return self._make_rows()
 
+    def prepare(self) -> None:
+        """See `steps.RowSource`."""
+        _ = self.rows
+
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         """Return batches of activations, `[batch_size, boundary.row_length]`; see `sources.Source`."""
         kept = self.rows

@@ -43,7 +43,10 @@ class KnownRows(Protocol):
         """Return rows `[n, row_length]` of examples, and which of them were there, `bool[n]`."""
 
     def keeping(self, num_missing: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
-        """Return a context whose value takes numbers and rows of examples that were computed."""
+        """Return a context whose value takes numbers and rows of examples that were computed.
+
+        And what came with each row, `[n, 0]` where nothing does.
+        """
 
 
 def frozen_forward(
@@ -100,7 +103,7 @@ def extract_rows(
         strategy: A `tf.distribute` strategy; what is no engine runs on its replicas.
         forward: What `frozen_forward` returned, or a function of inputs `float32[batch, ...]`.
         source: Inputs, in order.
-        row_length: Numbers in a row.
+        row_length: Numbers in a row. What `forward` returns beyond them goes to `known`.
         path: Name of a `.npy` file, to which an engine's digest is added; which rows are done is kept beside it. All
             workers see it.
         dtype: `float32`, `float16` or `bfloat16` (whose bits are kept as uint16, since numpy lacks it).
@@ -125,6 +128,38 @@ def extract_rows(
         fill = _fill_alone if workers.alone else functools.partial(_fill_together, workers=workers)
         fill(frozen_pass, path, shape)
     await_file(path)
+    return read_rows(path)
+
+
+def recall_rows(
+    known: KnownRows, *, shape: tuple[int, int], path: Path, dtype: str = "float32", phase: str = "features"
+) -> np.ndarray | None:
+    """Return the rows of all examples as they are known, kept in the file `path`; None where one turns out to be lost.
+
+    For what `extract_rows` would do without computing anything: no engine has to be made for it.
+
+    Args:
+        known: Where the rows are.
+        shape: Number of examples, and numbers in a row.
+        path: Name of a `.npy` file.
+        dtype: As in `extract_rows`.
+        phase: As in `extract_rows`.
+
+    Raises:
+        EnvironmentFault: If the disk has no room for them.
+        Interrupted: If the process was asked to stop; what was read is kept.
+    """
+    if not is_whole(path, shape[0]):
+        file = RowFile(path, shape, dtype)
+        wanted, repeated, origin = known.first_of_each()
+        with stopping_gracefully(), Progress(phase, total=file.num_rows, unit="images") as progress:
+            progress.resume(int(file.done.sum()))
+            _take_known(known, file, wanted, wanted, progress, phase)
+        if not file.done[wanted].all():
+            file.remove()
+            return None
+        file.repeat(repeated, origin)
+        file.save()
     return read_rows(path)
 
 
@@ -198,7 +233,7 @@ class _Pass:
             progress.resume(int(file.done.sum()))
             progress.update(0, file=file.name)
             if self.known:
-                self._take_known(self.known, file, places, numbers, progress)
+                _take_known(self.known, file, places, numbers, progress, self.phase)
             missing = ~file.done[places]
             self._compute(file, places[missing], numbers[missing], progress)
 
@@ -213,25 +248,27 @@ class _Pass:
             for step, rows in enumerate(computed):
                 part = slice(step * batch_size, (step + 1) * batch_size)
                 here = places[part]
-                file.put(here, rows[: len(here)])
+                row_length = file.rows.shape[1]
+                file.put(here, rows[: len(here), :row_length])
                 if keep:
-                    keep(numbers[part], file.rows[here])
+                    keep(numbers[part], file.rows[here], rows[: len(here), row_length:])
                 progress.update(len(here))
                 _go_on(file, self.phase)
 
-    def _take_known(
-        self, known: KnownRows, file: RowFile, places: np.ndarray, numbers: np.ndarray, progress: Progress
-    ) -> None:
-        """Fill in the rows that are known."""
-        missing = ~file.done[places]
-        places, numbers = places[missing], numbers[missing]
-        for start in range(0, len(places), file.rows_at_once):
-            part = slice(start, start + file.rows_at_once)
-            rows, found = known.read(numbers[part])
-            if found.any():
-                file.put(places[part][found], rows[found])
-                progress.update(int(found.sum()))
-                _go_on(file, self.phase)
+
+def _take_known(
+    known: KnownRows, file: RowFile, places: np.ndarray, numbers: np.ndarray, progress: Progress, phase: str
+) -> None:
+    """Fill in the rows that the file lacks and that are known."""
+    missing = ~file.done[places]
+    places, numbers = places[missing], numbers[missing]
+    for start in range(0, len(places), file.rows_at_once):
+        part = slice(start, start + file.rows_at_once)
+        rows, found = known.read(numbers[part])
+        if found.any():
+            file.put(places[part][found], rows[found])
+            progress.update(int(found.sum()))
+            _go_on(file, phase)
 
 
 def _go_on(file: RowFile, phase: str) -> None:

@@ -11,14 +11,15 @@ import numpy as np
 from kubegraft import tensorflow_setup
 from kubegraft.accelerators import require_accelerators
 from kubegraft.cache import FeatureCache
-from kubegraft.config import AUTO, HeadConfig
+from kubegraft.config import AUTO, FineTuneConfig, HeadConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
 from kubegraft.modeling.backbones import Backbone, get_backbone
 from kubegraft.modeling.classifier import ClassifierParts, build_classifier, parts
 from kubegraft.modeling.freezing import freeze_backbone
+from kubegraft.modeling.splitting import SplitBackbone, boundary_of, split_backbone
 from kubegraft.modeling.weights import check_weights
-from kubegraft.recipes import Choice, resolve_head
+from kubegraft.recipes import Choice, resolve_fine_tune, resolve_head
 from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result
 from kubegraft.storage import public_uri
@@ -41,6 +42,8 @@ from kubegraft.training.trainables import HeadOnBackbone, HeadOnFeatures
 from kubegraft.training.variables import digest_of_variables, require_unmoved
 
 _WARMUP_FRACTION: Final = 0.05
+# Of the cache's room, for what fine-tuning may or may not ask for.
+_ROOM_SHARE: Final = 0.25
 
 
 def train_head(
@@ -270,6 +273,7 @@ class _HeadTraining:
             self.frozen_pass = FrozenPass.to_pooled(
                 model_parts,
                 self.backbone,
+                self._split_for_fine_tuning(model_parts),
                 strategy=self.strategy,
                 policy=precision_policy(self.config.mixed_precision),
                 cache=self.cache,
@@ -279,6 +283,29 @@ class _HeadTraining:
         return FeatureSource(
             self.frozen_pass.rows(source, self.workspace.scratch / f"{split}-features.npy"), source.labels
         )
+
+    def _split_for_fine_tuning(self, model_parts: ClassifierParts) -> SplitBackbone | None:
+        """Return the backbone cut where fine-tuning will cut it first, if its recipe is left to choose.
+
+        What crosses the cut is on the way to the features. Kept now, it spares fine-tuning a pass through the frozen
+        blocks. None where little room in the cache would go to it, or it has another number format.
+        """
+        fine_tuning, _ = resolve_fine_tune(
+            FineTuneConfig(),
+            self.manifest.facts,
+            num_backbone_blocks=self.backbone.num_blocks,
+            num_backbone_parameters=self.backbone.num_parameters,
+        )
+        if not 0 < fine_tuning.num_blocks < self.backbone.num_blocks or not self.cache.enabled:
+            return None
+        boundary = boundary_of(model_parts.backbone, self.backbone, fine_tuning.num_blocks)
+        num_images = sum(self.manifest.splits[split].num_images for split in ("train", "validation"))
+        if (
+            boundary.dtype != "float32"
+            or num_images * boundary.row_bytes > _ROOM_SHARE * self.cache.room_bytes()
+        ):
+            return None
+        return split_backbone(model_parts.backbone, self.backbone, fine_tuning.num_blocks)
 
     def _standardise(self, model_parts: ClassifierParts, features: np.ndarray) -> None:
         """Give the head the mean and variance of the training features, as the chief's processor adds them up."""

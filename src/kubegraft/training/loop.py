@@ -30,7 +30,7 @@ from kubegraft.training.distribution import workers_of
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
 from kubegraft.training.pace import Pace
 from kubegraft.training.sources import Source
-from kubegraft.training.steps import NUM_SUMS, make_steps, replica_steps
+from kubegraft.training.steps import NUM_SUMS, RowSource, make_steps, replica_steps
 from kubegraft.training.variables import digest_of_variables
 
 # An epoch on computed features takes a fraction of a second; a log wants fewer lines than that.
@@ -210,6 +210,8 @@ class _Run:
         batches = self._epoch_batches(self.train_source, self.epoch, shuffle=True)
         seed = (self.config.seed, self.epoch * self.num_steps)
         self.pace.begin(self.elapsed_seconds)
+        if isinstance(self.train_source, RowSource):
+            self.train_source.prepare()
         for results in self.pace.watch(self.train_steps.run(batches, self.step, seed, self._tell)):
             for sums in results[:, :NUM_SUMS]:
                 self.sums += self._checked(sums)

@@ -60,7 +60,7 @@ class RowFile:
 
     def put(self, numbers: np.ndarray, rows: np.ndarray) -> None:
         """Write rows; they are safe after `save`."""
-        self.rows[numbers] = rows.view(self.rows.dtype)
+        self.rows[numbers] = rows if rows.dtype == self.rows.dtype else rows.view(self.rows.dtype)
         self.done[numbers] = True
 
     def repeat(self, repeated: np.ndarray, origin: np.ndarray) -> None:
@@ -68,6 +68,11 @@ class RowFile:
         for start in range(0, len(repeated), self.rows_at_once):
             part = slice(start, start + self.rows_at_once)
             self.put(repeated[part], self.rows[origin[part]])
+
+    def remove(self) -> None:
+        """Remove the file."""
+        self._done_path.unlink(missing_ok=True)
+        self._path.unlink()
 
     @property
     def is_due(self) -> bool:

@@ -70,6 +70,9 @@ def _nothing_to_tell() -> None:
 class RowSource(Source, Protocol):
     """A source whose batches are rows of an array."""
 
+    def prepare(self) -> None:
+        """Make the array now, however long that takes: a step with other workers has a time limit."""
+
     def batch(self, batches: EpochBatches, step: int, columns: slice = slice(None)) -> Any:
         """Return the inputs of one global batch, or of some columns of it, as `Source.inputs` would."""
 

@@ -4,7 +4,7 @@
 a CPU, Keras where LiteRT can't, differs or doesn't pay. `training.features` is the one that calls it.
 """
 
-from kubegraft.modeling.engines.choice import ENGINE_VARIABLE, choose_engine
+from kubegraft.modeling.engines.choice import ENGINE_VARIABLE, choose_engine, recallable
 from kubegraft.modeling.engines.interface import (
     TOLERANCE,
     Forward,
@@ -20,5 +20,6 @@ __all__ = [
     "FrozenForward",
     "FrozenGraph",
     "choose_engine",
+    "recallable",
     "relative_difference",
 ]

@@ -75,6 +75,16 @@ def choose_engine(
     return _tried(graph, images(), wanted, verdicts)
 
 
+def recallable() -> tuple[str, ...]:
+    """Return the names of the engines whose rows may be taken from where they were kept, the preferred one first.
+
+    Raises:
+        ConfigError: If `$KUBEGRAFT_ENGINE` names none.
+    """
+    wanted = _checked(os.environ.get(ENGINE_VARIABLE) or "auto")
+    return ENGINES[1:] if wanted == "auto" else (wanted,)
+
+
 def _checked(engine: str) -> str:
     if engine not in ENGINES:
         raise ConfigError(
