@@ -29,7 +29,7 @@ CONFIG = {
         "patience": 120,
         "checkpoint_interval_seconds": 1,
     },
-    "fine_tune": {"num_blocks": 3, "num_epochs": 40, "patience": 40, "checkpoint_interval_seconds": 1},
+    "fine_tune": {"num_blocks": 3, "num_epochs": 30, "patience": 30, "checkpoint_interval_seconds": 1},
     "evaluate": {"num_bootstrap_samples": 200},
 }
 RESOURCES = {
@@ -235,8 +235,7 @@ def test_killed_deleted_frozen_and_parted_workers_end_in_the_weights_of_an_undis
     stormy = Disturbed(training, "gang-stormy")
     chance = random.Random(6)
     disturbances = [stormy.kill, stormy.delete, stormy.freeze, stormy.part]
-    plan = [("train_head", stormy.kill, 1), ("train_head", stormy.part, 1)]
-    plan += [("fine_tune", disturb, 0) for disturb in disturbances[:3]]
+    plan = [("train_head", stormy.kill, 1), ("fine_tune", stormy.delete, 0), ("fine_tune", stormy.part, 1)]
     for _ in range(ROUNDS):
         stage = chance.choice(["train_head", "fine_tune"])
         plan.append((stage, chance.choice(disturbances), chance.randrange(2)))
@@ -247,7 +246,7 @@ def test_killed_deleted_frozen_and_parted_workers_end_in_the_weights_of_an_undis
             disturb(index)
             seconds = time.monotonic() - started
             sys.stdout.write(f"{disturb.__name__} {index} in {stage}: again in {seconds:.0f} s\n")
-    assert stormy.kills >= 4
+    assert stormy.kills >= 2
     training.wait("gang-stormy", seconds=400)
     status = training.get("gang-stormy")["status"]
     assert status["restarts"] >= stormy.kills

@@ -12,7 +12,7 @@ from tests.e2e.kube import Refused, until
 # Epochs enough for three ends and three beginnings; on kept activations one takes less than a second.
 CONFIG = {
     **QUICK,
-    "fine_tune": {**QUICK["fine_tune"], "num_epochs": 100, "num_blocks": 5, "patience": 100},
+    "fine_tune": {**QUICK["fine_tune"], "num_epochs": 60, "num_blocks": 5, "patience": 60},
 }
 # What is in a memory-backed volume counts as the pod's memory, whoever wrote it, and the largest process pays for it.
 FILL_MEMORY = """
