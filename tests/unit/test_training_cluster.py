@@ -81,21 +81,24 @@ def _history(root, model):
     return [history["start"], *history["epochs"]]
 
 
-def test_two_workers_see_the_losses_of_one_process(gangs, tmp_path):
-    """With an uneven last batch, clipping, dropout, batch norm, mixup and class weights."""
+def _losses_of_one(tmp_path):
     from tests.unit.test_training_loop import run
 
     history, _ = run(tmp_path / "one")
+    return [history.start, *history.epochs]
+
+
+def test_two_workers_see_the_losses_of_one_process(gangs, tmp_path):
+    """With an uneven last batch, clipping, dropout, batch norm, mixup and class weights."""
     root, _ = gangs
-    _same_losses([history.start, *history.epochs], gang.printed(root / "killed")["streamed"]["history"])
+    _same_losses(_losses_of_one(tmp_path), gang.printed(root / "killed")["streamed"]["history"])
 
 
-def test_four_workers_see_them_too_and_end_with_the_same_bits(gangs, tmp_path):
+def test_four_workers_see_them_too_and_end_with_the_same_bits(tmp_path):
     assert gang.finish(gang.start(tmp_path / "four", "train:streamed", num_workers=4)) == [0] * 4
     four = [gang.printed(tmp_path / "four", index)["streamed"] for index in range(4)]
     assert len({row["digest"] for row in four}) == 1
-    root, _ = gangs
-    _same_losses(four[0]["history"], gang.printed(root / "killed")["streamed"]["history"])
+    _same_losses(_losses_of_one(tmp_path), four[0]["history"])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,13 @@ from tests.conftest import draw_image
 
 SIZE, BATCH_SIZE = 32, 8
 BACKBONE = get_backbone("mobilenet_v3_small")
-FINE_TUNE = {"num_epochs": 3, "batch_size": BATCH_SIZE, "seed": 3, "learning_rate": 3e-3}
+FINE_TUNE = {
+    "num_epochs": 3,
+    "batch_size": BATCH_SIZE,
+    "seed": 3,
+    "learning_rate": 3e-3,
+    "augmentation": "crop,colour",
+}
 
 
 @pytest.fixture(scope="module")
