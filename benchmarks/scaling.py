@@ -2,11 +2,13 @@
 
 All run the stage `fine_tune` itself, on one dataset and model and with as many images a worker and step; each process
 is bound to one core and one thread before TensorFlow is loaded. What is compared is whole epochs, validation and
-checkpoints included, without the first, which compiles. Rounds alternate, so that a busy machine slows both.
+checkpoints included, without the first, which compiles. Rounds alternate, so that a busy machine slows both. Two
+workers that know nothing of one another show what the machine itself gives to a second one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -31,7 +33,11 @@ _THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS
     show_default=True,
     help="Last blocks that train; 16 runs the whole graph in each step.",
 )
-@click.option("--batch-size", default=32, show_default=True, help="Images of a step for each worker.")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Images of a step for each worker.  [default: near 32, with the fewest places left empty in the last step]",
+)
 @click.option("--epochs", default=3, show_default=True, help="Epochs, of which the first is not counted.")
 @click.option("--rounds", default=3, show_default=True, help="How often each is measured.")
 @click.option(
@@ -40,7 +46,7 @@ _THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS
 def scaling(
     data: Path,
     num_blocks: int,
-    batch_size: int,
+    batch_size: int | None,
     epochs: int,
     rounds: int,
     work_dir: Path | None,
@@ -52,20 +58,30 @@ def scaling(
         plan = {
             "num_blocks": num_blocks,
             "num_epochs": epochs,
-            "batch_size": batch_size,
+            "batch_size": batch_size or _even_batch_size(_num_images(root)),
             "augmentation": "none",
         }
+        print(f"{plan['batch_size']} images a worker and step, last {num_blocks} blocks train; images/s:")
         print(
-            f"{'round':>5} {'1 worker':>10} {'2 workers':>10} {'ratio':>6} {'waiting':>8}  images/s",
+            f"{'round':>5} {'1 worker':>10} {'2 apart':>10} {'2 workers':>10} {'ratio':>6} {'waiting':>8}",
             flush=True,
         )
         ratios = []
         for number in range(rounds):
-            one, _ = _measured(root, plan, 1, f"{number}-one")
-            two, waiting = _measured(root, plan, 2, f"{number}-two")
+            one, _ = _measured(root, plan, 1, [f"{number}-one"])
+            apart, _ = _measured(root, plan, 1, [f"{number}-left", f"{number}-right"])
+            two, waiting = _measured(root, plan, 2, [f"{number}-two"])
             ratios.append(two / one)
-            print(f"{number:5} {one:10.1f} {two:10.1f} {ratios[-1]:6.2f} {waiting:8.1%}", flush=True)
+            print(
+                f"{number:5} {one:10.1f} {apart:10.1f} {two:10.1f} {ratios[-1]:6.2f} {waiting:8.1%}",
+                flush=True,
+            )
         print(f"median ratio {statistics.median(ratios):.2f}")
+
+
+def _even_batch_size(num_images: int) -> int:
+    """Return how many images of a step leave one worker and two the fewest empty places in an epoch's last step."""
+    return min(range(24, 41), key=lambda size: (-num_images % (2 * size), abs(size - 32)))
 
 
 def _prepare(root: Path, data: Path) -> None:
@@ -83,42 +99,49 @@ def _environment(root: Path, **more: str) -> dict[str, str]:
     return found | {"KUBEGRAFT_CACHE": str(root / "cache"), "CUDA_VISIBLE_DEVICES": ""} | more
 
 
-def _measured(root: Path, plan: dict[str, Any], num_workers: int, name: str) -> tuple[float, float]:
-    """Return images a second, and the share of the time that the chief waited."""
-    values = plan | {"batch_size": plan["batch_size"] * num_workers}
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(num_workers)]
-    cores = sorted(os.sched_getaffinity(0))
+def _measured(root: Path, plan: dict[str, Any], num_workers: int, names: list[str]) -> tuple[float, float]:
+    """Return images a second of all trainings that run at once, and the median share that a chief waited.
+
+    Args:
+        root: Where `_prepare` put what they share.
+        plan: What they do, with the images of a step for each worker.
+        num_workers: Workers of each training.
+        names: Name of each training.
+    """
+    values = json.dumps(plan | {"batch_size": plan["batch_size"] * num_workers})
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
     processes = []
-    for index in range(num_workers):
-        more = dict.fromkeys(_THREADS, "1")
-        if num_workers > 1:
-            task = {"type": "worker", "index": index}
-            more["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-        core = str(cores[index % len(cores)])
-        with (root / f"{name}-{index}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "benchmarks.scaling",
-                        "--work",
-                        core,
-                        str(root),
-                        name,
-                        json.dumps(values),
-                    ],
-                    env=_environment(root, **more),
-                    stderr=log,
+    for name in names:
+        addresses = [f"127.0.0.1:{port}" for port in _free_ports(num_workers)]
+        for index in range(num_workers):
+            more = dict.fromkeys(_THREADS, "1")
+            if num_workers > 1:
+                task = {"type": "worker", "index": index}
+                more["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+            command = ["--work", str(next(cores)), str(root), name, values]
+            with (root / f"{name}-{index}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "benchmarks.scaling", *command],
+                        env=_environment(root, **more),
+                        stderr=log,
+                    )
                 )
-            )
     codes = [process.wait() for process in processes]
     if any(codes):
-        raise click.ClickException(f"A worker failed; see {root}/{name}-*.log (--work-dir keeps it).")
-    history = json.loads((root / name / "history.json").read_text())["epochs"]
-    num_images = json.loads((root / "dataset" / "manifest.json").read_text())["splits"]["train"]["num_images"]
-    speed = num_images * (len(history) - 1) / (history[-1]["seconds"] - history[0]["seconds"])
-    return speed, statistics.median(epoch.get("waiting_fraction", 0.0) for epoch in history[1:])
+        raise click.ClickException(f"A worker failed; see {root}/{names[0]}-*.log (--work-dir keeps it).")
+    histories = [json.loads((root / name / "history.json").read_text())["epochs"] for name in names]
+    speed = sum(
+        _num_images(root) * (len(epochs) - 1) / (epochs[-1]["seconds"] - epochs[0]["seconds"])
+        for epochs in histories
+    )
+    waiting = (epoch.get("waiting_fraction", 0.0) for epochs in histories for epoch in epochs[1:])
+    return speed, statistics.median(waiting)
+
+
+def _num_images(root: Path) -> int:
+    manifest = json.loads((root / "dataset" / "manifest.json").read_text())
+    return int(manifest["splits"]["train"]["num_images"])
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,6 +14,7 @@ from kubegraft.data.augmentation import augment_image
 from kubegraft.data.decode import decode_any
 from kubegraft.data.shards import SplitReader
 from kubegraft.errors import DataError
+from kubegraft.processors import usable_processors
 from kubegraft.training.batches import EpochBatches
 
 
@@ -66,7 +67,7 @@ class FeatureSource:
         def load(index: Any, partner: Any, share: Any) -> Any:
             return tf.ensure_shape(tf.numpy_function(gather, (index, partner, share), tf.float32), shape)
 
-        return tf.data.Dataset.from_tensor_slices(parts).map(load).prefetch(tf.data.AUTOTUNE)
+        return steady(tf.data.Dataset.from_tensor_slices(parts).map(load))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +120,12 @@ class ImageSource:
             return tf.cond(absent, lambda: black, lambda: load(*example))
 
         examples = (index, partner, share, seeds.astype(np.int32), views)
-        return (
-            tf.data.Dataset.from_tensor_slices((absent, *examples) if absent.any() else examples)
-            .map(
-                load_or_fill if absent.any() else load,
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
-            .batch(batch_size, drop_remainder=True)
-            .prefetch(tf.data.AUTOTUNE)
+        images = tf.data.Dataset.from_tensor_slices((absent, *examples) if absent.any() else examples).map(
+            load_or_fill if absent.any() else load,
+            num_parallel_calls=usable_processors(),
+            deterministic=True,
         )
+        return steady(images.batch(batch_size, drop_remainder=True))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -167,6 +164,17 @@ class ImageSource:
             lambda: augment_image(image, of_view, tuple(self.transforms), self.strength),
             lambda: image,
         )
+
+
+def steady(batches: Any) -> Any:
+    """Return a `tf.data.Dataset` that keeps two of its batches ready, with the threads that it was given.
+
+    TensorFlow's own tuning is off: the thread that does it outlives the last batch by up to a minute on one core,
+    and the next epoch waits for it.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.prefetch(2).with_options(options)
 
 
 def resize(image: Any, size: int) -> Any:

@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.training.batches import EpochBatches
-from kubegraft.training.distribution import num_local_replicas, workers_of, xla_wanted
-from kubegraft.training.sources import FeatureSource, Source
+from kubegraft.training.distribution import has_gpu, num_local_replicas, workers_of, xla_wanted
+from kubegraft.training.sources import FeatureSource, Source, steady
 from kubegraft.training.starvation import WatchedInput
 from kubegraft.training.workers import ending_if_lost
 
@@ -189,20 +189,18 @@ class _StreamedSteps:
             yield self._step(batch, key, tell())[None]
 
     def _distributed(self, batches: EpochBatches, first: int) -> Any:
-        """Return an iterable over the batches from `first` on, split over the replicas."""
+        """Return an iterable over the batches from `first` on, split over this process's replicas."""
         source, per_replica = self._source, self._batch_size // self._strategy.num_replicas_in_sync
-
-        def dataset(context: Any) -> Any:
-            width = self._batch_size // context.num_input_pipelines
-            columns = slice(context.input_pipeline_id * width, (context.input_pipeline_id + 1) * width)
-            rows = slice(first, None)
-            numbers = tf.data.Dataset.from_tensor_slices(
-                tuple(array[rows, columns].reshape(-1, per_replica) for array in _numbers(source, batches))
-            )
-            inputs = source.inputs(batches, rows, columns, per_replica)
-            return tf.data.Dataset.zip((inputs, numbers)).prefetch(2)
-
-        return self._strategy.distribute_datasets_from_function(dataset)
+        rows, columns = slice(first, None), _own_columns(self._strategy, self._batch_size)
+        numbers = tf.data.Dataset.from_tensor_slices(
+            tuple(array[rows, columns].reshape(-1, per_replica) for array in _numbers(source, batches))
+        )
+        inputs = source.inputs(batches, rows, columns, per_replica)
+        dataset = steady(tf.data.Dataset.zip((inputs, numbers)))
+        # Where there is nothing to distribute, TensorFlow's way of it only adds copies and threads.
+        if num_local_replicas(self._strategy) == 1 and not has_gpu():
+            return dataset
+        return self._strategy.distribute_datasets_from_function(lambda _: dataset)
 
 
 class _ResidentSteps:
