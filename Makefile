@@ -40,9 +40,10 @@ run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name]
 benchmark: $(READY)  ## compare with plain Keras and scikit-learn on idle cores, write docs/benchmarks.md: make benchmark DATA=folder
 	@$(BIN)/python -m benchmarks $(if $(DATA),"$(DATA)") $(ARGS)
 
-# Without the last option pytest-xdist would wait for ever after a crash of a worker, which takes its files with it.
+# Without --max-worker-restart 0 pytest-xdist would wait for ever after a crash of a worker, which takes its files with
+# it. Files in their own order: else those with few tests, which are the slow ones, would come last, one at a time.
 test: $(READY)  ## run all tests that need no network, Docker or GPU
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --max-worker-restart 0 $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 test-manifests: $(READY) $(CHECKOV)/.ready  ## check manifests/ with kustomize, schemas and checkov
 	@KUBEGRAFT_REQUIRE=kustomize,checkov PATH="$(abspath $(CHECKOV))/bin:$$PATH" $(BIN)/python -m pytest tests/manifests $(ARGS)

@@ -27,6 +27,7 @@ _AGAIN_SECONDS: Final = 1.0
 _NOT_FOUND: Final = 404
 _CONFLICT: Final = 409
 _INVALID: Final = (400, 422)
+_REFUSED_CONFIG: Final = "ConfigRejected"
 Object = dict[str, Any]
 
 
@@ -82,7 +83,8 @@ class TransferJobs:
     def ensure(self, wanted: Wanted) -> Object:
         """Return the job of the wanted name, made now or found.
 
-        One that was suspended at a stop goes on; one that failed is made anew, and goes on from what is on its volume.
+        One that was suspended at a stop goes on; one that failed is made anew, and goes on from what is on its volume,
+        unless it was its config that failed: that is in its name, and another try would end alike.
         """
         body = {
             "apiVersion": "/".join(_GROUP),
@@ -101,9 +103,8 @@ class TransferJobs:
         if found is None:
             return self.ensure(wanted)
         log_event("distributed", "found", job=wanted.name)
-        if true_condition(
-            found, "Failed"
-        ):  # what it had done is on the volume, and a new one goes on from there
+        failed = true_condition(found, "Failed")
+        if failed and failed.get("reason") != _REFUSED_CONFIG:
             self.delete(wanted.name)
             time.sleep(_AGAIN_SECONDS)
             return self.ensure(wanted)

@@ -20,9 +20,15 @@ from kubegraft.errors import (
     ClusterError,
     ConfigError,
     DataError,
+    DivergenceError,
     EnvironmentFault,
+    EvaluationError,
+    ExportError,
     Interrupted,
+    ModelError,
+    StorageError,
     TrainingError,
+    WeightsError,
 )
 from kubegraft.reporting.events import log_event
 from kubegraft.transfer_job_api import Object, TransferJobs, Wanted, true_condition
@@ -31,7 +37,18 @@ _POLL_SECONDS: Final = 3.0
 _GIVE_UP_SECONDS: Final = 300.0
 _FIRST_SERVER_ERROR: Final = 500
 # By the reason of the condition `Failed`; anything else is a TrainingError.
-_ERRORS: Final = {"ConfigRejected": ConfigError, "DataRejected": DataError, "Forbidden": EnvironmentFault}
+_ERRORS: Final = {
+    "ConfigRejected": ConfigError,
+    "DataRejected": DataError,
+    "ModelRejected": ModelError,
+    "WeightsRejected": WeightsError,
+    "TrainingDiverged": DivergenceError,
+    "EvaluationFailed": EvaluationError,
+    "ExportFailed": ExportError,
+    "StorageFailed": StorageError,
+    "EnvironmentUnfit": EnvironmentFault,
+    "Forbidden": EnvironmentFault,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +134,7 @@ def train(wanted: Wanted, jobs: TransferJobs | None = None) -> Outcome:
 
     Raises:
         ConfigError: If the API server or the job refuses the config.
-        DataError: If the images can't be used.
-        TrainingError: If it fails otherwise.
+        KubegraftError: If it fails, the kind that its pods ended with; `TrainingError` where that is not known.
         Interrupted: If this process was asked to stop.
         ClusterError: If the API can't be reached, or the job was deleted by somebody.
     """

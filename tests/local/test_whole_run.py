@@ -104,7 +104,7 @@ def test_a_stage_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
 ):
     arguments = [*STAGES[stage](*stage_inputs), "--config", config, "--seed", 3, "--output"]
     kubegraft(*arguments, tmp_path / "undisturbed")
-    for seconds in (5, 7, 9):
+    for seconds in (4, 6):
         kill_after(seconds, [*arguments, tmp_path / "killed"])
     kubegraft(*arguments, tmp_path / "killed")
     expected, found = (

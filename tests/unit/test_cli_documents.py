@@ -14,6 +14,7 @@ from kubegraft import errors
 from kubegraft.cli import main
 from kubegraft.cli.group import COMMANDS
 from kubegraft.config_file import load_run_config
+from kubegraft.controller import failures
 from kubegraft.modeling.backbones import BACKBONES, backbone_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,17 @@ def test_exit_codes_are_those_of_the_errors():
         if issubclass(kind, errors.KubegraftError)
     }
     assert documented == actual
+
+
+def test_the_operators_page_explains_every_reason_that_a_job_may_give():
+    given = {value for value in vars(failures).values() if isinstance(value, str) and value.isalpha()}
+    given |= set(failures._BY_ERROR.values()) | set(failures._BY_EXIT_CODE.values())
+    for path in (ROOT / "src/kubegraft/controller").glob("*.py"):
+        given |= set(re.findall(r'\bFailure\(\s*"(\w+)"', path.read_text(encoding="utf-8")))
+    rows = table_rows(text_of("docs/operator.md"))
+    explained = {reason for row in rows for reason in re.findall(r"`(\w+)`", row[0])}
+    assert {reason for reason in given if reason[0].isupper()} <= explained
+    assert "VolumeNotMounted" in given
 
 
 def test_readme_lists_every_command_with_its_summary():

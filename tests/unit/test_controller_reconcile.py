@@ -122,7 +122,8 @@ def test_a_suspended_job_gets_no_jobset():
 def test_a_refused_jobset_is_told_and_tried_again():
     events = ({"reason": "ApplyFailed", "message": "exceeded quota: pods"},)
     actions = act(transfer_job(), events=events)
-    assert told(actions, "Admitted")[:2] == ("False", "Forbidden")
+    for kind in ("Admitted", "Running"):  # `kubectl get -o wide` shows the latter
+        assert told(actions, kind)[:2] == ("False", "Forbidden")
     assert len(only(actions, Apply)) == 2
     events = ({"reason": "ApplyFailed", "message": "no matches for kind JobSet"},)
     assert told(act(transfer_job(), events=events), "Admitted")[1] == "CreationFailed"
@@ -273,8 +274,18 @@ def test_the_same_words_with_other_figures_are_not_written_again():
             [pod_of(NAME, "prepare")],
             "VolumeNotMounted",
         ),
+        (
+            {"reason": "FailedAttachVolume", "name": f"{NAME}-train-0-1-a0"},
+            [running(pod_of(NAME, "train"), START), pod_of(NAME, "train", index=1)],
+            "VolumeNotMounted",
+        ),
         ({"reason": "FailedMount", "name": "another"}, [pod_of(NAME, "prepare")], "Starting"),
         ({"reason": "FailedCreate", "message": "pods is forbidden: exceeded quota"}, [], "Forbidden"),
+        (
+            {"reason": "FailedCreate", "message": 'error looking up service account: "x" not found'},
+            [],
+            "ServiceAccountNotFound",
+        ),
         ({"reason": "JobCreationFailed", "message": "bad"}, [], "CreationFailed"),
         ({"reason": "FailedCreate", "message": "forbidden"}, [pod_of(NAME, "prepare")], "Starting"),
         (
@@ -528,7 +539,8 @@ def test_somebody_elses_jobset_of_the_same_name_is_told_and_left_alone():
     foreign = jobset_of(job)
     foreign["metadata"]["ownerReferences"] = []
     actions = act(job, foreign)
-    assert told(actions, "Admitted")[:2] == ("False", "NameConflict")
+    for kind in ("Admitted", "Running"):
+        assert told(actions, kind)[:2] == ("False", "NameConflict")
     assert not only(actions, Apply) + only(actions, Delete)
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import jsonschema
 import pytest
 
-from kubegraft.controller.actions import Apply, Delete, PatchStatus, Requeue
+from kubegraft.controller.actions import Apply, Delete, Event, PatchStatus, Requeue
 from kubegraft.controller.conditions import find, timestamp
 from kubegraft.controller.crd import transfer_schedule
 from kubegraft.controller.observed import SCHEDULE_LABEL, ObservedSchedule
@@ -291,6 +291,39 @@ def test_the_report_of_a_look_is_waited_for_but_not_for_long():
     silent = look_pod(TICK, None)
     silent["status"]["containerStatuses"][0]["name"] = "sidecar"
     assert decision(act(on_change(), looks=(looked(),), pods=(silent,), at=TICK + timedelta(seconds=20)))[0]
+
+
+def test_a_look_that_takes_longer_than_it_is_to_the_next_ticks_is_decided_first():
+    """Else looks would pile up, each too late for its own tick."""
+    later = TICK + timedelta(days=2, hours=1)
+    goes_on = act(on_change(), looks=(made(TICK, kind="look"),), at=later)
+    assert not only(goes_on, Apply)
+    report = Report(stage="ingest", done=True, dataset_digest="d1")
+    actions = act(on_change(), looks=(looked(),), pods=(look_pod(TICK, report),), at=later)
+    assert decision(actions) == (True, "FirstRun")
+    assert jobs_made(actions) == [name_at(TICK)]
+    schedule = on_change(lastScheduleTime=timestamp(TICK))
+    following = act(schedule, looks=(looked(),), at=later)
+    assert (
+        only(following, Apply)[1].manifest["metadata"]["name"] == f"{name_at(TICK + timedelta(days=2))}-look"
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"onDataChange": {}}])
+def test_what_the_api_server_refuses_to_make_is_told_and_tried_again(changes):
+    refusal = 'transferjobs "x" is forbidden: exceeded quota'
+    actions = act(schedule_of(**changes), refusal=refusal)
+    words = list(itertools.takewhile(lambda one: not isinstance(one, Apply), actions))
+    (patch,) = only(words, PatchStatus)
+    (condition,) = patch.status["conditions"]
+    assert (condition["type"], condition["status"], condition["reason"]) == ("Ready", "False", "Forbidden")
+    assert "exceeded quota" in condition["message"]
+    assert [event.type for event in only(words, Event)] == ["Warning"]
+    again = act(schedule_of(patch.status, **changes), refusal=refusal)
+    assert isinstance(again[0], Apply), "it was told already"
+    assert only(again, PatchStatus)[-1].status["conditions"][0]["status"] == "True"
+    idle = act(schedule_of(**changes), refusal=refusal, at=MIDNIGHT)
+    assert status_after(idle)["conditions"][0]["status"] == "True"
 
 
 def test_a_look_whose_tick_is_decided_goes():

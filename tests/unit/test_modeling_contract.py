@@ -136,15 +136,12 @@ def answer_and_gradients(case: Case, pixels: Any, call: Any) -> tuple[Any, dict[
     """Return what `call` makes of the pixels, and the gradient of a mixture of it for every trainable variable."""
     variables = case.core.trainable_variables
 
-    @tf.function
-    def compute(pixels: Any) -> Any:
-        with tf.GradientTape() as tape:
-            answer = call(pixels)
-            numbers = tf.range(tf.size(answer), dtype=tf.float32)
-            mixture = tf.reduce_sum(answer * tf.reshape(tf.cos(numbers), tf.shape(answer)))
-        return answer, tape.gradient(mixture, [variable.value for variable in variables])
-
-    answer, gradients = compute(pixels)
+    # Op by op: of a network that runs once, making a graph takes longer.
+    with tf.GradientTape() as tape:
+        answer = call(pixels)
+        numbers = tf.range(tf.size(answer), dtype=tf.float32)
+        mixture = tf.reduce_sum(answer * tf.reshape(tf.cos(numbers), tf.shape(answer)))
+    gradients = tape.gradient(mixture, [variable.value for variable in variables])
     return answer.numpy(), {v.path: g.numpy() for v, g in zip(variables, gradients, strict=True)}
 
 

@@ -101,3 +101,30 @@ def test_a_second_operator_stands_by_and_takes_over(standin, tmp_path):
             assert first.wait(timeout=20) == 0
             second.send_signal(signal.SIGTERM)
             assert second.wait(timeout=20) == 0
+
+
+def test_a_schedule_whose_job_the_api_server_refuses_says_so_until_it_is_made(standin, tmp_path):
+    def ready():
+        conditions = (standin.get("transferschedules", "team", "often").get("status") or {}).get(
+            "conditions", ()
+        )
+        return next((each for each in conditions if each["type"] == "Ready"), {"status": "", "message": ""})
+
+    standin.refuse["create", "transferjobs"] = (403, "Forbidden", "exceeded quota: jobs")
+    standin.put(
+        "transferschedules",
+        {
+            "apiVersion": "kubegraft.dev/v1alpha1",
+            "kind": "TransferSchedule",
+            "metadata": {"name": "often", "namespace": "team", "creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": {"cron": "0 * * * *", "template": {"spec": transfer_job()["spec"]}},
+        },
+    )
+    with operator(standin, tmp_path) as process:
+        event(process, "leading")
+        standin.wait(lambda: ready()["status"] == "False")
+        assert "exceeded quota" in ready()["message"]
+        assert "lastDecision" not in standin.get("transferschedules", "team", "often")["status"]
+        standin.refuse.clear()
+        standin.wait(lambda: ready()["status"] == "True")
+        assert standin.of("transferjobs")

@@ -220,6 +220,19 @@ def test_a_model_of_other_classes_is_refused(image_folder, head, tmp_path):
         fine_tune(tmp_path / "dataset", head, tmp_path / "model", FineTuneConfig(**FINE_TUNE))
 
 
+def test_no_thread_that_tunes_the_input_outlives_an_epoch(dataset):
+    """On one core the next epoch waited for TensorFlow's, up to a minute."""
+    from kubegraft.training.batches import epoch_batches
+
+    source = ImageSource(SplitReader(dataset, load_manifest(dataset), "train"), SIZE)
+    batches = epoch_batches(source.labels, batch_size=4, seed=1, epoch=0)
+    images = source.inputs(batches, slice(None), slice(None), 4)
+    assert images.options().autotune.enabled is False
+    assert tf.data.Dataset.zip((images, images)).options().autotune.enabled is False, (
+        "it must hold for what is made of it"
+    )
+
+
 def test_an_image_is_augmented_differently_each_epoch_and_alike_each_time(dataset):
     from kubegraft.training.batches import epoch_batches
 

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("kubernetes")
 from kubernetes import client
 
-from kubegraft import transfer_job_client
-from kubegraft.errors import ClusterError, ConfigError, DataError, Interrupted, TrainingError
+from kubegraft import transfer_job_api, transfer_job_client
+from kubegraft.controller import failures
+from kubegraft.errors import ClusterError, ConfigError, Interrupted, ModelError, TrainingError
 from kubegraft.transfer_job_client import TransferJobs, Wanted, job_spec, train, wanted_of
 from tests.kubernetes_standin import Standin
 from tests.operator_manifests import transfer_job
@@ -114,7 +115,7 @@ def test_a_terminated_task_deletes_or_suspends_its_job(keep, standin, jobs):
 
 @pytest.mark.parametrize(
     ("reason", "error"),
-    [("ConfigRejected", ConfigError), ("DataRejected", DataError), ("TooManyRestarts", TrainingError)],
+    [("ConfigRejected", ConfigError), ("ModelRejected", ModelError), ("TooManyRestarts", TrainingError)],
 )
 def test_a_failed_job_ends_the_task_with_the_exit_code_of_its_reason(reason, error, standin, jobs):
     status = ended("Failed", reason, "`source` must have images.")
@@ -122,6 +123,22 @@ def test_a_failed_job_ends_the_task_with_the_exit_code_of_its_reason(reason, err
     with pytest.raises(error, match="`source` must have images"):
         train(wanted(), jobs)
     thread.join()
+
+
+def test_every_reason_that_comes_from_an_error_becomes_that_error_again():
+    for name, reason in failures._BY_ERROR.items():
+        assert transfer_job_client._ERRORS.get(reason, TrainingError).__name__ == name
+
+
+@pytest.mark.parametrize(("reason", "made_anew"), [("ConfigRejected", False), ("DataRejected", True)])
+def test_a_retry_makes_a_failed_job_anew_unless_its_own_config_failed(
+    reason, made_anew, standin, jobs, monkeypatch
+):
+    monkeypatch.setattr(transfer_job_api, "_AGAIN_SECONDS", 0)
+    before = jobs.ensure(wanted())
+    with_status(standin, ended("Failed", reason, "No."))(before)
+    again = jobs.ensure(wanted())
+    assert (again["metadata"]["uid"] != before["metadata"]["uid"]) is made_anew
 
 
 def test_a_job_that_somebody_deletes_ends_the_task(standin, jobs):

@@ -137,7 +137,7 @@ class Cluster:
             self._live.discard(key)
             return None
         if key.kind == "TransferSchedule":
-            return self._observe_schedule(found)
+            return self._observe_schedule(key, found)
         return await self._observe_job(key, found)
 
     async def act(
@@ -193,13 +193,15 @@ class Cluster:
 
     # ---- observing
 
-    def _observe_schedule(self, schedule: Object) -> ObservedSchedule:
+    def _observe_schedule(self, key: Key, schedule: Object) -> ObservedSchedule:
         owner = "/".join(place_of(schedule))
+        refusal = self._memory(key).refusal or {}
         return ObservedSchedule(
             schedule=schedule,
             jobs=self.jobs.of(owner),
             looks=self._looks.of(owner),
             pods=self._look_pods.of(owner),
+            refusal=refusal.get("message", ""),
             now=datetime.datetime.now(datetime.UTC),
         )
 

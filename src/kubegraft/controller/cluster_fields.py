@@ -140,13 +140,15 @@ def _storage_properties() -> dict[str, Schema]:
             otherwise="`uri` must be a folder in a bucket (gs:// or s3://). For a folder on a volume use `claim`.",
         ),
         "budget": {
-            **quantity("Most that the cache may take, such as 50Gi; without it, a fifth of the volume."),
+            **quantity(
+                "Most that the cache may take, such as 50Gi; without it, a fifth of the volume, at most 50Gi."
+            ),
             "pattern": _BYTES,
         },
     }
     return {
         "artifacts": structure("Where data, checkpoints and results are.", artifacts, default={}),
-        "cache": structure("Feature cache; without it, the folder `cache` of the artifacts.", cache),
+        "cache": structure("Feature cache; without it, the folder `.cache` of the artifacts.", cache),
     }
 
 

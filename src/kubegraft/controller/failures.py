@@ -206,7 +206,7 @@ def no_progress(reached: str, ends: str) -> Failure:
 
 def pending_problem(
     pods: Sequence[JobPod],
-    events: Iterable[Mapping[str, str]],
+    events: Sequence[Mapping[str, str]],
     *,
     now: datetime,
     patience: timedelta,
@@ -223,9 +223,11 @@ def pending_problem(
     for pod in pending:
         if problem := _not_starting(pod, now, patience):
             return problem
-    if not any(pod.running for pod in pods):
-        return _from_events(pending, events) or _lost_node(pods, now)
-    return None
+    if problem := _not_mounted(pending, events):  # also while others run, which wait for this pod
+        return problem
+    if any(pod.running for pod in pods):
+        return None
+    return (None if pending else _not_created(events)) or _lost_node(pods, now)
 
 
 def _not_starting(pod: JobPod, now: datetime, patience: timedelta) -> Failure | None:
@@ -233,7 +235,8 @@ def _not_starting(pod: JobPod, now: datetime, patience: timedelta) -> Failure | 
         return Failure(
             "ImagePullFailed",
             f"Pod {pod.name} can't pull its image {pod.image}: {pod.waiting_message or pod.waiting_reason}. Check the "
-            "name in `image`, and `imagePullSecrets` for a private registry; then create the job anew.",
+            "name in `image`, and `imagePullSecrets` for a private registry. It starts as soon as the image can be had; another "
+            "name needs a new job.",
         )
     if pod.waiting_reason in _CONTAINER_CONFIG:
         return Failure(
@@ -259,7 +262,7 @@ def _unschedulable(pod: JobPod) -> Failure:
     )
 
 
-def _from_events(pending: Sequence[JobPod], events: Iterable[Mapping[str, str]]) -> Failure | None:
+def _not_mounted(pending: Sequence[JobPod], events: Sequence[Mapping[str, str]]) -> Failure | None:
     names = {pod.name for pod in pending}
     for event in events:
         if event.get("reason") in _MOUNT and event.get("name") in names:
@@ -268,13 +271,23 @@ def _from_events(pending: Sequence[JobPod], events: Iterable[Mapping[str, str]])
                 f"Pod {event['name']} can't mount a volume: {event.get('message', '')} The claims of `artifacts` and "
                 "`cache` must be usable on several nodes at once (ReadWriteMany) where pods run on several.",
             )
-        if event.get("reason") in _CREATION and not pending:
-            return creation_problem(event.get("message", ""))
     return None
+
+
+def _not_created(events: Sequence[Mapping[str, str]]) -> Failure | None:
+    messages = (event.get("message", "") for event in events if event.get("reason") in _CREATION)
+    message = next(messages, None)
+    return None if message is None else creation_problem(message)
 
 
 def creation_problem(message: str) -> Failure:
     """Return what it means that the API refused to create an object of the job."""
+    if re.search(r"service ?account.*not found", message, re.IGNORECASE):
+        return Failure(
+            "ServiceAccountNotFound",
+            f"The pods' service account must exist in the namespace: {message} Create it with `kubectl create "
+            "serviceaccount`, or name another in `serviceAccountName`.",
+        )
     if re.search(r"forbidden|quota|denied", message, re.IGNORECASE):
         return Failure(
             "Forbidden",

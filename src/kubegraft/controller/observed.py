@@ -49,6 +49,7 @@ class ObservedSchedule:
         jobs: TransferJobs with the label `SCHEDULE_LABEL` of the schedule.
         looks: Jobs (batch/v1) with that label: each looked at the data once (docs/adr/0018-operator.md).
         pods: Pods with that label, of the looks.
+        refusal: Why the API server refused the last job or look; "" if it did not.
         now: The time, with a time zone.
     """
 
@@ -56,4 +57,5 @@ class ObservedSchedule:
     jobs: tuple[Manifest, ...] = ()
     looks: tuple[Manifest, ...] = ()
     pods: tuple[Manifest, ...] = ()
+    refusal: str = ""
     now: datetime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import socket
 import traceback
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kubegraft.controller.access import Access
-from kubegraft.controller.actions import Action, Event, PatchStatus
+from kubegraft.controller.actions import Action, Apply, Event, PatchStatus
 from kubegraft.controller.api import Api, ApiError
 from kubegraft.controller.cluster import Cluster, Key
 from kubegraft.controller.leader import Leader
@@ -104,9 +105,15 @@ class Operator:
     async def _say_refused(self, key: Key) -> None:
         """Let the object's conditions say what the API server refused; make nothing."""
         observed = await self.cluster.observe(key)
-        if isinstance(observed, Observed):  # a schedule's words would tell of a job that was not made
-            words = [one for one in self._wanted(observed) if isinstance(one, PatchStatus | Event)]
-            await self.cluster.act(key, observed, words)
+        if observed is None:
+            return
+        wanted = [one for one in self._wanted(observed) if isinstance(one, PatchStatus | Event | Apply)]
+        if isinstance(
+            observed, ObservedSchedule
+        ):  # after its first object it tells of a job that was not made
+            wanted = list(itertools.takewhile(lambda one: not isinstance(one, Apply), wanted))
+        words = [one for one in wanted if not isinstance(one, Apply)]
+        await self.cluster.act(key, observed, words)
 
     def _wanted(self, observed: Observed | ObservedSchedule) -> Iterable[Action]:
         if isinstance(observed, ObservedSchedule):

@@ -103,7 +103,9 @@ def _start(view: View) -> tuple[Action, ...]:
     if not refused:
         return (*made, Requeue(_RESYNC_SECONDS))
     problem = creation_problem(refused[-1].get("message", ""))
-    told = tell(view, [Condition(ADMITTED, False, problem.reason, problem.message)])
+    told = tell(
+        view, [Condition(kind, False, problem.reason, problem.message) for kind in (ADMITTED, RUNNING)]
+    )
     return (*told, *made, Requeue(_CONFLICT_SECONDS))
 
 
@@ -144,7 +146,7 @@ def _conflict(view: View) -> tuple[Action, ...]:
         f"There is a JobSet {name} that this job did not make. Delete it with `kubectl delete jobset {name}`, "
         "and the job starts."
     )
-    told = tell(view, [Condition(ADMITTED, False, NAME_CONFLICT, message)])
+    told = tell(view, [Condition(kind, False, NAME_CONFLICT, message) for kind in (ADMITTED, RUNNING)])
     return (*told, Requeue(_CONFLICT_SECONDS))
 
 

@@ -23,6 +23,7 @@ from kubegraft.controller.conditions import (
     timestamp,
 )
 from kubegraft.controller.data_look import CHANGED_FRACTION, Seen, look_labels, render_look, what_was_seen
+from kubegraft.controller.failures import creation_problem
 from kubegraft.controller.observed import SCHEDULE_LABEL, ObservedSchedule
 from kubegraft.controller.settings import Settings
 from kubegraft.controller.spec import API_VERSION, JOB_KIND, SCHEDULE_KIND, JobSpec, owner_reference
@@ -107,9 +108,22 @@ def reconcile_schedule(observed: ObservedSchedule, settings: Settings) -> tuple[
         return _tell_broken(observed, str(error))
     plan = _Plan(observed, settings, cron, _own(schedule, observed.jobs), _own(schedule, observed.looks))
     try:
-        return (*_decide(plan), *_tidy(plan))
+        decided = _decide(plan)
+        if observed.refusal and any(isinstance(action, Apply) for action in decided):
+            decided = (*_tell_refused(plan), *decided)
+        return (*decided, *_tidy(plan))
     except ConfigError as error:
         return _tell_broken(observed, str(error))
+
+
+def _tell_refused(plan: _Plan) -> tuple[Action, ...]:
+    """Return what tells that the API server did not take the job or look that is tried again now."""
+    problem = creation_problem(plan.observed.refusal)
+    message = shortened(problem.message)
+    told = _tell(
+        plan.observed, plan.before, _described(plan), Condition(READY, False, problem.reason, message)
+    )
+    return (*told, Event("Warning", problem.reason, message)) if told else ()
 
 
 def _own(schedule: Manifest, found: tuple[Manifest, ...]) -> tuple[Manifest, ...]:
@@ -141,10 +155,17 @@ def _decide(plan: _Plan) -> tuple[Action, ...]:
         return _tell(plan.observed, plan.before, _described(plan, nextScheduleTime=None), held)
     last = moment(plan.before.get("lastScheduleTime"))
     since = last or moment(plan.observed.schedule["metadata"].get("creationTimestamp")) or plan.now
-    tick = plan.cron.latest(since, plan.now)
+    tick = _tick_looked_at(plan) or plan.cron.latest(since, plan.now)
     if tick is None:
         return (*_tell(plan.observed, plan.before, _described(plan), _READY), _wait(plan))
     return _at_tick(plan, tick)
+
+
+def _tick_looked_at(plan: _Plan) -> datetime | None:
+    """Return the undecided tick whose look is under way: a look may take longer than it is to the next tick."""
+    decided = plan.before.get("lastScheduleTime", "")
+    looks = [look for look in plan.looks if _tick_text(look) > decided and not is_deleted(look)]
+    return min(filter(None, (moment(_tick_text(look)) for look in looks)), default=None)
 
 
 _READY: Final = Condition(READY, True, "Scheduled", "Ticks are served.")
@@ -202,7 +223,7 @@ def _look_first(plan: _Plan, tick: datetime) -> tuple[Action, ...]:
     }
     made = render_look(_template_spec(plan), metadata, plan.known_digest, plan.settings)
     told = _tell(plan.observed, plan.before, _described(plan), _READY)
-    return (*told, *(Apply(manifest, create=True) for manifest in made), Requeue(_LOOK_AGAIN_SECONDS))
+    return (*(Apply(manifest, create=True) for manifest in made), *told, Requeue(_LOOK_AGAIN_SECONDS))
 
 
 def _template_spec(plan: _Plan) -> JobSpec:

@@ -45,6 +45,7 @@ _NOT_STARTING: Final = frozenset(
         "VolumeNotMounted",
         "CreateContainerConfigError",
         "Forbidden",
+        "ServiceAccountNotFound",
     }
 )
 _CALM: Final = frozenset(
