@@ -235,8 +235,8 @@ def _not_starting(pod: JobPod, now: datetime, patience: timedelta) -> Failure | 
         return Failure(
             "ImagePullFailed",
             f"Pod {pod.name} can't pull its image {pod.image}: {pod.waiting_message or pod.waiting_reason}. Check the "
-            "name in `image`, and `imagePullSecrets` for a private registry. It starts as soon as it can be had; another name "
-            "needs a new job.",
+            "name in `image`, and `imagePullSecrets` for a private registry. It starts as soon as the image can be "
+            "had; another name needs a new job.",
         )
     if pod.waiting_reason in _CONTAINER_CONFIG:
         return Failure(
