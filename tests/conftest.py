@@ -1,5 +1,6 @@
 """What several test modules share: folders of tiny images, drawn at session start."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -19,6 +20,13 @@ def _user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what tests cache for later runs away from this user's own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("user-cache"))
     os.environ["KUBEGRAFT_CACHE"] = "none"  # a test that wants one says so
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _modules_are_no_garbage() -> None:
+    """Keep collections away from what all test files have imported by now: they took a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200)]

@@ -326,6 +326,22 @@ def test_what_the_api_server_refuses_to_make_is_told_and_tried_again(changes):
     assert status_after(idle)["conditions"][0]["status"] == "True"
 
 
+def test_a_look_that_can_not_start_is_told():
+    waiting = {"reason": "ErrImagePull", "message": "no such image"}
+    pod = look_pod(TICK, None)
+    pod["status"] = {
+        "phase": "Pending",
+        "containerStatuses": [{"name": "kubegraft", "state": {"waiting": waiting}}],
+    }
+    actions = act(on_change(), looks=(made(TICK, kind="look"),), pods=(pod,))
+    ready = find(status_after(actions)["conditions"], "Ready")
+    assert (ready["status"], ready["reason"]) == ("False", "ImagePullFailed")
+    assert "no such image" in ready["message"]
+    assert only(actions, Requeue) == [Requeue(30.0)]
+    goes_on = act(schedule_of(status_after(actions), onDataChange={}), looks=(made(TICK, kind="look"),))
+    assert find(status_after(goes_on)["conditions"], "Ready")["status"] == "True"
+
+
 def test_a_look_whose_tick_is_decided_goes():
     schedule = on_change(lastScheduleTime=timestamp(TICK))
     deleted = only(act(schedule, looks=(looked(),)), Delete)

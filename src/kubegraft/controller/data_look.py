@@ -7,10 +7,12 @@ images on the volume for the next look (`kubegraft.look`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from kubegraft.controller.conditions import find, holds, moment
+from kubegraft.controller.failures import Failure, pending_problem
+from kubegraft.controller.job_pods import read_pod
 from kubegraft.controller.observed import SCHEDULE_LABEL
 from kubegraft.controller.pod_template import CONTAINER, config_arguments, config_map, pod_spec
 from kubegraft.controller.settings import Settings
@@ -95,8 +97,27 @@ def what_was_seen(look: Manifest, pods: tuple[Manifest, ...]) -> Seen | None:
     return None
 
 
+def look_problem(
+    look: Manifest, pods: tuple[Manifest, ...], *, now: datetime, patience: timedelta
+) -> Failure | None:
+    """Return what keeps the pod of a look from starting, or None.
+
+    Args:
+        look: The Job.
+        pods: Pods of the schedule's looks.
+        now: The time.
+        patience: How long a pod may be without a node before that counts.
+    """
+    own = [read_pod(pod) for pod in pods if _is_of(pod, look["metadata"]["name"])]
+    return pending_problem(own, (), now=now, patience=patience)
+
+
+def _is_of(pod: Manifest, look: str) -> bool:
+    return bool((pod["metadata"].get("labels") or {}).get("batch.kubernetes.io/job-name") == look)
+
+
 def _end_report(pod: Manifest, look: str) -> Report | None:
-    if (pod["metadata"].get("labels") or {}).get("batch.kubernetes.io/job-name") != look:
+    if not _is_of(pod, look):
         return None
     for status in (pod.get("status") or {}).get("containerStatuses") or ():
         if status.get("name") == CONTAINER:

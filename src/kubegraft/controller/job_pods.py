@@ -83,7 +83,7 @@ def read_pods(pods: Iterable[Manifest], reports: Mapping[str, Report]) -> tuple[
         pods: As the API gave them; those without a part of the job are left out.
         reports: Newest report of logs, by the pod's name.
     """
-    found = [_read_pod(pod, reports.get(pod["metadata"]["name"])) for pod in pods if _role(pod) in ROLES]
+    found = [read_pod(pod, reports.get(pod["metadata"]["name"])) for pod in pods if _role(pod) in ROLES]
     return tuple(sorted(found, key=lambda pod: (ROLES.index(pod.role), pod.name)))
 
 
@@ -91,7 +91,13 @@ def _role(pod: Manifest) -> str:
     return str((pod["metadata"].get("labels") or {}).get(ROLE_LABEL, ""))
 
 
-def _read_pod(pod: Manifest, live: Report | None) -> JobPod:
+def read_pod(pod: Manifest, live: Report | None = None) -> JobPod:
+    """Return one pod, also one without a part of a job.
+
+    Args:
+        pod: As the API gave it.
+        live: Newest report of its log.
+    """
     metadata, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     state = _container_state(status)
     terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}

@@ -22,7 +22,14 @@ from kubegraft.controller.conditions import (
     shortened,
     timestamp,
 )
-from kubegraft.controller.data_look import CHANGED_FRACTION, Seen, look_labels, render_look, what_was_seen
+from kubegraft.controller.data_look import (
+    CHANGED_FRACTION,
+    Seen,
+    look_labels,
+    look_problem,
+    render_look,
+    what_was_seen,
+)
 from kubegraft.controller.failures import creation_problem
 from kubegraft.controller.observed import SCHEDULE_LABEL, ObservedSchedule
 from kubegraft.controller.settings import Settings
@@ -190,9 +197,17 @@ def _at_tick(plan: _Plan, tick: datetime) -> tuple[Action, ...]:
         return _look_first(plan, tick)
     verdict = _verdict_of(plan, what_was_seen(look, plan.observed.pods))
     if verdict is None:
-        told = _tell(plan.observed, plan.before, _described(plan), _READY)
+        told = _tell(plan.observed, plan.before, _described(plan), _while_looking(plan, look))
         return (*told, Requeue(_LOOK_AGAIN_SECONDS))
     return _conclude(plan, tick, verdict)
+
+
+def _while_looking(plan: _Plan, look: Manifest) -> Condition:
+    patience = timedelta(seconds=plan.settings.unschedulable_seconds)
+    problem = look_problem(look, plan.observed.pods, now=plan.now, patience=patience)
+    if problem is None:
+        return _READY
+    return Condition(READY, False, problem.reason, f"The look at the data waits. {problem.message}")
 
 
 def _look_name(job: str) -> str:
