@@ -66,6 +66,7 @@ WHEN_SEEN = ("TrainingDiverged", "OutOfMemory", "NoProgress")
 
 
 DEPENDS_ON_LOOKS = (
+    "jobSetUid",
     "startTime",
     "completionTime",
     "acceleratorHours",
@@ -101,7 +102,7 @@ def random_story(rng: random.Random) -> Story:
     elif rng.random() < 0.03:
         faults = (rng.choice(STUCK),)
     suspensions: tuple[int, ...] = ()
-    # A JobSet that was in a queue and suspended is made anew, and with it the count of its restarts.
+    # A JobSet that was in a queue and suspended is made anew, and its last restarts may be ones that nobody saw.
     if rng.random() < 0.3 and not (faults and "queueName" in spec):
         suspensions = tuple(sorted(rng.sample(range(1, 23), 2)))
     return Story(faults, tuple(sorted(spec.items())), suspensions)

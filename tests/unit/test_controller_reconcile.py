@@ -515,6 +515,26 @@ def test_suspending_a_queued_job_gives_back_its_quota():
     assert told(actions, "Admitted")[:2] == ("False", "Suspended")
 
 
+def test_restarts_are_those_of_all_jobsets_that_a_queue_has_had_made():
+    job = transfer_job(queueName="team-queue")
+    first = with_status(job, act(job, jobset_of(job, restarts=3, restartsCountTowardsMax=1)))
+    held = {**first, "spec": {**first["spec"], "suspend": True}}
+    held = with_status(held, act(held))
+    assert held["status"]["restarts"] == 3
+
+    def anew(restarts):
+        jobset = jobset_of(job, suspend=False, restarts=restarts, restartsCountTowardsMax=0)
+        jobset["metadata"]["uid"] = "uid-second"
+        return jobset
+
+    again = {**first, "status": held["status"]}
+    again = with_status(again, act(again, anew(0)))
+    assert again["status"]["restarts"] == 3
+    status = status_after(act(again, anew(1)))
+    assert (status["restarts"], status["uncountedRestarts"]) == (4, 3)
+    assert told(act(again, anew(1)))[1] == "Restarting"
+
+
 def test_another_queue_means_another_jobset():
     job = transfer_job(queueName="team-queue")
     before = jobset_of(transfer_job())

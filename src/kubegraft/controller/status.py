@@ -62,8 +62,10 @@ class Facts:
         before: Its status as read.
         pods: Pods of the present attempt.
         left: What is left of those before.
-        restarts: Restarts of the JobSet.
+        restarts: Restarts of the job.
         uncounted: Those of them that did not count against `maxRestarts`.
+        earlier: What of them is of JobSets before the present one, by the status's fields for it.
+        jobset_uid: The present one; "" for none.
         jobset_name: Name of the JobSet.
         now: The time.
     """
@@ -74,6 +76,8 @@ class Facts:
     left: tuple[JobPod, ...]
     restarts: int
     uncounted: int
+    earlier: Mapping[str, int]
+    jobset_uid: str
     jobset_name: str
     now: datetime
 
@@ -94,6 +98,8 @@ def next_status(facts: Facts, conditions: Iterable[Condition], **changes: Any) -
         "conditions": merged(before.get("conditions", ()), conditions, generation=generation, now=facts.now),
         "observedGeneration": generation,
         "jobSetName": facts.jobset_name,
+        "jobSetUid": facts.jobset_uid or before.get("jobSetUid", ""),
+        **{name: number or None for name, number in facts.earlier.items()},
         "stage": stage,
         "progress": progress,
         "restarts": max(facts.restarts, before.get("restarts", 0)),

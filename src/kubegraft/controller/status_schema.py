@@ -105,6 +105,11 @@ def job_status() -> Schema:
         "startTime": time("When the job was let start, or let go on after it was suspended."),
         "completionTime": time("When it ended."),
         "jobSetName": text("Its JobSet."),
+        "jobSetUid": text("Its JobSet's uid: one of a queue is made anew after a suspension.", length=64),
+        "earlierRestarts": integer("Restarts by JobSets before that one.", 0, _RESTARTS),
+        "earlierUncountedRestarts": integer(
+            "Those of them that did not count against maxRestarts.", 0, _RESTARTS
+        ),
     }
     return structure("What the operator knows of the job.", properties)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from kubegraft.controller.actions import Action, Delete, Event, PatchStatus
 from kubegraft.controller.conditions import ADMITTED, FAILED, SUCCEEDED, Condition, find, holds, moment
@@ -15,6 +15,9 @@ from kubegraft.controller.settings import Settings
 from kubegraft.controller.spec import JobSpec
 from kubegraft.controller.status import Facts, Status, changed_conditions, next_status, worth_writing
 from kubegraft.rendering.pods import Manifest
+
+# Fields of the status that keep what of a count is of JobSets before the present one.
+EARLIER: Final = {"restarts": "earlierRestarts", "uncountedRestarts": "earlierUncountedRestarts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +39,25 @@ class View:
 
     @property
     def restarts(self) -> int:
-        """Restarts of the JobSet."""
-        return int(status_of(self.jobset).get("restarts", 0))
+        """Restarts of the job, by this JobSet and those before."""
+        return self._earlier("restarts") + int(status_of(self.jobset).get("restarts", 0))
+
+    def _earlier(self, name: str) -> int:
+        """Return a count of restarts by the JobSets before this one, which a queue or its change replaced."""
+        made, seen = (
+            (self.jobset or {"metadata": {}})["metadata"].get("uid", ""),
+            self.before.get("jobSetUid", ""),
+        )
+        if made and seen and made != seen:
+            return int(self.before.get(name, 0))
+        return int(self.before.get(EARLIER[name], 0))
 
     @property
     def uncounted(self) -> int:
         """Those of them that did not count against `maxRestarts`."""
-        return self.restarts - int(status_of(self.jobset).get("restartsCountTowardsMax", 0))
+        found = status_of(self.jobset)
+        here = int(found.get("restarts", 0)) - int(found.get("restartsCountTowardsMax", 0))
+        return self._earlier("uncountedRestarts") + here
 
     def facts(self) -> Facts:
         """Return what the status follows from."""
@@ -53,6 +68,8 @@ class View:
             left=self.left,
             restarts=self.restarts,
             uncounted=self.uncounted,
+            earlier={EARLIER[name]: self._earlier(name) for name in EARLIER},
+            jobset_uid=(self.jobset or {"metadata": {}})["metadata"].get("uid", ""),
             jobset_name=jobset_name(self.observed.job),
             now=self.now,
         )
