@@ -38,17 +38,19 @@ class View:
         return self.observed.now
 
     @property
+    def jobset_uid(self) -> str:
+        """The JobSet's uid; "" for none."""
+        return str(self.jobset["metadata"].get("uid", "")) if self.jobset else ""
+
+    @property
     def restarts(self) -> int:
         """Restarts of the job, by this JobSet and those before."""
         return self._earlier("restarts") + int(status_of(self.jobset).get("restarts", 0))
 
     def _earlier(self, name: str) -> int:
         """Return a count of restarts by the JobSets before this one, which a queue or its change replaced."""
-        made, seen = (
-            (self.jobset or {"metadata": {}})["metadata"].get("uid", ""),
-            self.before.get("jobSetUid", ""),
-        )
-        if made and seen and made != seen:
+        seen = self.before.get("jobSetUid", "")
+        if seen and self.jobset_uid and self.jobset_uid != seen:
             return int(self.before.get(name, 0))
         return int(self.before.get(EARLIER[name], 0))
 
@@ -69,7 +71,7 @@ class View:
             restarts=self.restarts,
             uncounted=self.uncounted,
             earlier={EARLIER[name]: self._earlier(name) for name in EARLIER},
-            jobset_uid=(self.jobset or {"metadata": {}})["metadata"].get("uid", ""),
+            jobset_uid=self.jobset_uid,
             jobset_name=jobset_name(self.observed.job),
             now=self.now,
         )
