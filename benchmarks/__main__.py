@@ -196,7 +196,9 @@ def _bare(options: SimpleNamespace, work: Path) -> dict[str, Any]:
         choice = ["--backbone", options.backbone, "--size", str(options.input_size)]
         engines = watch([[sys.executable, "-m", f"{_PACKAGE}.engines", folder, *choice]], environment)
         result["engines"] = engines.stdout if engines.exit_code == 0 else ""
-        result["engines_failed"] = engines.tail[-2000:] if engines.exit_code else ""
+        # The last line of a trace is its error; the others are paths of this machine.
+        last = engines.tail.strip().rpartition("\n")[2]
+        result["engines_failed"] = f"exit code {engines.exit_code}: {last}" if engines.exit_code else ""
     return result
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py FOLDER [--backbone NAME ...] [--size PIXELS] [--seconds N]
 
-FOLDER holds JPEG files, at any depth. Each way is given short turns, in rotation, and its best turn counts, so that
+FOLDER holds images, at any depth. Each way is given short turns, in rotation, and its best turn counts, so that
 a busy machine slows all alike. `pipeline` reads, decodes, resizes and computes; its share is of the bare engine on
 tensors that are in memory already. `cpu` counts processor time in place of wall time, on all processors.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.datasets import SUFFIXES
 from kubegraft import tensorflow_setup
 from kubegraft.processors import usable_processors
 
@@ -23,10 +24,11 @@ ROUNDS = 4
 
 
 class Files:
-    """JPEG files as `training.sources.ImageSource` wants a split's reader."""
+    """Image files as `training.sources.ImageSource` wants a split's reader."""
 
     def __init__(self, folder: Path) -> None:
-        self.encoded = [path.read_bytes() for path in sorted(folder.rglob("*.jp*g"))]
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.casefold() in SUFFIXES)
+        self.encoded = [path.read_bytes() for path in paths]
         self.labels = np.zeros(len(self.encoded), np.int32)
 
     def read(self, index: int) -> bytes:

@@ -181,6 +181,8 @@ def _bare(results: Mapping[str, Any]) -> str:
     rows += [[name, "", _seconds(seconds)] for name, seconds in _ours(results["records"]).items()]
     text = table(["", "rate", f"{num_frozen:,} images, or an epoch of {num_train:,}"], rows)
     engines = (bare.get("engines") or "").strip()
+    if failed := bare.get("engines_failed"):
+        return f"{text}\n\nThe rates of the whole frozen pass are missing: {failed}"
     return text + (f"\n\n```text\n{engines}\n```" if engines else "")
 
 
