@@ -1,6 +1,6 @@
 """Rates of the frozen pass, side by side in one run: Keras, constants, the engine, and our pipeline from files.
 
-    python benchmarks/engines.py FOLDER [--backbone NAME ...] [--size PIXELS] [--seconds N]
+    python -m benchmarks.engines FOLDER [--backbone NAME ...] [--size PIXELS] [--seconds N]
 
 FOLDER holds images, at any depth. Each way is given short turns, in rotation, and its best turn counts, so that
 a busy machine slows all alike. `pipeline` reads, decodes, resizes and computes; its share is of the bare engine on
@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.datasets import SUFFIXES
 from kubegraft import tensorflow_setup
 from kubegraft.processors import usable_processors
+
+from .datasets import SUFFIXES
 
 ROUNDS = 4
 
