@@ -56,7 +56,7 @@ def measure(name: str, files: Files, size: int, seconds: float) -> None:
     from kubegraft.modeling.engines.keras_forward import KerasForward
     from kubegraft.modeling.engines.litert import LiteRtForward, convert
     from kubegraft.training.batches import epoch_batches
-    from kubegraft.training.features import in_order
+    from kubegraft.training.features import engine_rows, in_order
     from kubegraft.training.sources import ImageSource
 
     backbone = get_backbone(name)
@@ -81,9 +81,9 @@ def measure(name: str, files: Files, size: int, seconds: float) -> None:
     ways: dict[str, Callable[[], Iterator[np.ndarray]]] = {
         "keras": lambda: map(KerasForward(graph).forward, cycle(ready)),
         "constants": lambda: map(constants.forward, cycle(ready)),
-        "engine": lambda: in_order(engine, cycle(ready)),
+        "engine": lambda: in_order(engine.forward, cycle(ready), engine.num_workers),
         "decode": inputs,
-        "pipeline": lambda: in_order(engine, inputs()),
+        "pipeline": lambda: engine_rows(engine, source, batches),
     }
     wall, processor = best_rates(ways, seconds)
     for way in ways:

@@ -36,6 +36,8 @@ def train_head(
     batch_norm: bool,
     solver: str,
     search_seconds: float,
+    num_blocks: int,
+    unfreeze_fraction: float,
 ):
     """Train a head on a frozen backbone.
 
@@ -45,12 +47,14 @@ def train_head(
         model: Model directory: `model.keras`, its metadata and history.
         metrics: Validation results.
         required_accelerators: Accelerators that there must be; 0 takes what there is.
+        num_blocks: As of `fine_tune`, which finds what it needs of the frozen blocks in the feature cache.
+        unfreeze_fraction: The same.
 
     The other arguments are the fields of `kubegraft.config.HeadConfig`.
     """
     arguments = locals()
     from kubegraft.accelerators import require_accelerators
-    from kubegraft.config import HeadConfig, from_arguments
+    from kubegraft.config import FineTuneConfig, HeadConfig, from_arguments
     from kubegraft.processes import exit_on_error
     from kubegraft.stage import require_digest
     from kubegraft.training.head import train_head as run
@@ -58,7 +62,8 @@ def train_head(
     with exit_on_error("train_head"):
         require_accelerators(required_accelerators)
         require_digest(dataset.path, dataset_digest)
-        result = run(dataset.path, model.path, from_arguments(HeadConfig, arguments))
+        next_config = FineTuneConfig(num_blocks=num_blocks, unfreeze_fraction=unfreeze_fraction)
+        result = run(dataset.path, model.path, from_arguments(HeadConfig, arguments), next_config)
         for name, value in result.metrics.items():
             metrics.log_metric(name, value)
         model.metadata.update(result.provenance)

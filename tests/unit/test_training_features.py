@@ -90,7 +90,7 @@ def test_few_batches_are_held_at_a_time():
             made.append(number)
             yield np.full((1, 2, 2, 3), number, np.float32)
 
-    for number, rows in enumerate(in_order(engine, batches())):
+    for number, rows in enumerate(in_order(engine.forward, batches(), engine.num_workers)):
         assert rows[0, 0] == number
         assert len(made) <= number + engine.num_workers + 2
 

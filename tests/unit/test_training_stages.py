@@ -9,13 +9,14 @@ import tensorflow as tf
 from kubegraft.config import FineTuneConfig, HeadConfig, IngestConfig
 from kubegraft.data.ingest import ingest
 from kubegraft.data.manifest import load_manifest
+from kubegraft.data.resizing import resize
 from kubegraft.data.shards import SplitReader
 from kubegraft.errors import ConfigError, ModelError
 from kubegraft.modeling.backbones import get_backbone
 from kubegraft.modeling.classifier import build_classifier, load_classifier, parts
 from kubegraft.training.fine_tune import fine_tune
 from kubegraft.training.head import train_head
-from kubegraft.training.sources import ImageSource, resize
+from kubegraft.training.sources import ImageSource
 from kubegraft.training.trainables import HeadOnBackbone
 
 SIZE = 32

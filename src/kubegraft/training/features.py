@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import tensorflow as tf
 from kubegraft.errors import Interrupted
 from kubegraft.modeling.engines import Forward, FrozenForward, choose_engine
 from kubegraft.processes import stop_requested, stopping_gracefully
+from kubegraft.processors import usable_processors
 from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.stage import await_file
 from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.distribution import num_local_replicas, workers_of
 from kubegraft.training.row_file import RowFile, is_whole, read_rows
-from kubegraft.training.sources import Source
+from kubegraft.training.sources import FixedSource
 from kubegraft.training.workers import Workers
 
 # Images that a replica computes together. Always as many: TensorFlow's last bits depend on the shape of a
@@ -50,7 +52,7 @@ class KnownRows(Protocol):
 
 
 def frozen_forward(
-    strategy: Any, forward: Forward, source: Source, input_size: int, identity: str = ""
+    strategy: Any, forward: Forward, source: FixedSource, input_size: int, identity: str = ""
 ) -> FrozenForward | Forward:
     """Return how a frozen pass is best computed on this machine.
 
@@ -85,7 +87,7 @@ def frozen_forward(
 def extract_rows(
     strategy: Any,
     forward: FrozenForward | Callable[[Any], Any],
-    source: Source,
+    source: FixedSource,
     *,
     row_length: int,
     path: Path,
@@ -210,7 +212,7 @@ class _Pass:
 
     strategy: Any
     forward: Any
-    source: Source
+    source: FixedSource
     dtype: str
     phase: str
     known: KnownRows | None
@@ -295,21 +297,24 @@ def _full_batches(numbers: np.ndarray, batch_size: int) -> EpochBatches:
     return EpochBatches(index, index, share=ones, weight=ones, real=ones, position=position, key=key)
 
 
-def in_order(forward: FrozenForward, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the rows of batches in their order, computed by the engine's workers while later ones are decoded.
+def in_order(
+    compute: Callable[[Any], np.ndarray], batches: Iterable[Any], num_workers: int
+) -> Iterator[np.ndarray]:
+    """Yield what is computed of batches, in their order, by so many threads.
 
     At most two batches more than there are workers are held at a time.
 
     Args:
-        forward: The engine.
-        batches: `float32[batch, size, size, 3]` each; where they come from works in threads of its own.
+        compute: Makes rows of a batch; called from several threads.
+        batches: What they are called with; where they come from may work in threads of its own.
+        num_workers: Number of threads.
     """
     waiting: collections.deque[Future[np.ndarray]] = collections.deque()
-    with ThreadPoolExecutor(forward.num_workers, thread_name_prefix="engine") as pool:
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="engine") as pool:
         try:
             for batch in batches:
-                waiting.append(pool.submit(forward.forward, batch))
-                if len(waiting) > forward.num_workers + 1:
+                waiting.append(pool.submit(compute, batch))
+                if len(waiting) > num_workers + 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -318,18 +323,44 @@ def in_order(forward: FrozenForward, batches: Iterable[np.ndarray]) -> Iterator[
                 future.cancel()
 
 
+def engine_rows(forward: FrozenForward, source: FixedSource, batches: EpochBatches) -> Iterator[np.ndarray]:
+    """Yield the rows of batches of examples as they are, in their order.
+
+    Where an engine's workers occupy every processor, each makes the inputs of its batch itself, all of them before it
+    computes: processors are quickest at what they have just done. Otherwise `tf.data` makes inputs beside.
+
+    Args:
+        forward: The engine.
+        source: The examples.
+        batches: Which ones; -1 for none, whose row may be missing at the end.
+    """
+    if forward.num_workers >= usable_processors():
+        of_thread = threading.local()  # fresh memory costs as much as to fill it
+
+        def compute(numbers: np.ndarray) -> np.ndarray:
+            wanted = numbers[numbers >= 0]
+            if not hasattr(of_thread, "inputs"):
+                of_thread.inputs = np.empty((len(numbers), *source.shape), np.float32)
+            inputs: np.ndarray = of_thread.inputs[: len(wanted)]
+            for target, number in zip(inputs, wanted.tolist(), strict=True):
+                source.write(target, number)
+            return forward.forward(inputs)
+
+        yield from in_order(compute, batches.index, forward.num_workers)
+    elif batches.num_steps:
+        inputs = source.inputs(batches, slice(None), slice(None), batches.index.shape[1])
+        yield from in_order(forward.forward, inputs.as_numpy_iterator(), forward.num_workers)
+
+
 def _by_engine(
-    _: Any, forward: Any, source: Source, batches: EpochBatches, dtype: str
+    _: Any, forward: Any, source: FixedSource, batches: EpochBatches, dtype: str
 ) -> Generator[np.ndarray, None, None]:
-    if not batches.num_steps:
-        return
-    inputs = source.inputs(batches, slice(None), slice(None), batches.index.shape[1])
-    for rows in in_order(forward, inputs.as_numpy_iterator()):
+    for rows in engine_rows(forward, source, batches):
         yield rows if dtype == "float32" else tf.cast(rows, dtype).numpy()
 
 
 def _on_replicas(
-    strategy: Any, forward: Any, source: Source, batches: EpochBatches, dtype: str
+    strategy: Any, forward: Any, source: FixedSource, batches: EpochBatches, dtype: str
 ) -> Generator[np.ndarray, None, None]:
     if not batches.num_steps:
         return

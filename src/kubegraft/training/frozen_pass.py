@@ -33,7 +33,7 @@ from kubegraft.training.sources import ImageSource
 from kubegraft.training.workers import ALONE, Workers
 
 # Decoding, resizing and the views of images. Whoever changes a pixel that comes out of them changes the number.
-PREPROCESSING: Final = "rgb-bilinear-antialias-1"
+PREPROCESSING: Final = "rgb-bilinear-antialias-2"
 
 
 @dataclass(slots=True)

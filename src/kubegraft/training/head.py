@@ -47,7 +47,10 @@ _ROOM_SHARE: Final = 0.25
 
 
 def train_head(
-    dataset_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str], config: HeadConfig
+    dataset_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    config: HeadConfig,
+    next_config: FineTuneConfig | None = None,
 ) -> StageResult:
     """Train a head on the frozen backbone and write a model directory.
 
@@ -59,6 +62,8 @@ def train_head(
         dataset_dir: Output of `ingest`.
         output_dir: Directory to make.
         config: What to train and how; open values are chosen by the recipe.
+        next_config: How it will be fine-tuned, as far as it is known. The head does not depend on it: what fine-tuning
+            needs of the frozen blocks is on the way to what the head needs, and is kept in the cache.
 
     Returns:
         The result; its metrics hold `validation_accuracy` of the model that was kept.
@@ -77,7 +82,9 @@ def train_head(
     inputs = {"dataset": read_result(dataset_dir).digest, "weights": weights_digest}
 
     def body(workspace: Workspace) -> Outcome:
-        return _HeadTraining(dataset_dir, manifest, backbone, config, workspace, weights_digest).run()
+        training = _HeadTraining(dataset_dir, manifest, backbone, config, workspace, weights_digest)
+        training.next_config = next_config or FineTuneConfig()
+        return training.run()
 
     return run_shared_stage("train_head", output_dir, inputs=inputs, config=config, body=body)
 
@@ -107,6 +114,7 @@ class _HeadTraining:
         self.cache, self.counts = FeatureCache.open(), PassCounts()
         self.readers: dict[str, SplitReader] = {}
         self.frozen_pass: FrozenPass | None = None
+        self.next_config = FineTuneConfig()
         self.given = config
         self.config, self.choices = self._resolved(config)
         for choice in self.choices:
@@ -285,13 +293,13 @@ class _HeadTraining:
         )
 
     def _split_for_fine_tuning(self, model_parts: ClassifierParts) -> SplitBackbone | None:
-        """Return the backbone cut where fine-tuning will cut it first, if its recipe is left to choose.
+        """Return the backbone cut where fine-tuning will cut it first.
 
         What crosses the cut is on the way to the features. Kept now, it spares fine-tuning a pass through the frozen
         blocks. None where little room in the cache would go to it, or it has another number format.
         """
         fine_tuning, _ = resolve_fine_tune(
-            FineTuneConfig(),
+            self.next_config,
             self.manifest.facts,
             num_backbone_blocks=self.backbone.num_blocks,
             num_backbone_parameters=self.backbone.num_parameters,

@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.data.augmentation import augment_image
-from kubegraft.data.decode import decode_any
+from kubegraft.data.decode import decode_any, decode_bytes
+from kubegraft.data.resizing import resize, resize_into
 from kubegraft.data.shards import SplitReader
 from kubegraft.errors import DataError
 from kubegraft.processors import usable_processors
@@ -36,6 +37,24 @@ class Source(Protocol):
         """
 
 
+class FixedSource(Source, Protocol):
+    """A source whose examples are the same in every epoch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the input of one example."""
+
+    def write(self, target: np.ndarray, number: int) -> None:
+        """Write the input of an example into memory of the caller's, in the caller's thread.
+
+        The same as `inputs` makes.
+
+        Args:
+            target: `float32` of that shape.
+            number: Of the example.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSource:
     """Examples that are arrays already.
@@ -47,6 +66,11 @@ class FeatureSource:
 
     features: np.ndarray
     labels: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `FixedSource`."""
+        return self.features.shape[1:]
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         """Return batches of features; see `Source`."""
@@ -68,6 +92,10 @@ class FeatureSource:
             return tf.ensure_shape(tf.numpy_function(gather, (index, partner, share), tf.float32), shape)
 
         return steady(tf.data.Dataset.from_tensor_slices(parts).map(load))
+
+    def write(self, target: np.ndarray, number: int) -> None:
+        """Write features; see `FixedSource`."""
+        target[...] = self.features[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +123,11 @@ class ImageSource:
         """Labels of the examples, `int32[num_examples]`."""
         labels = self.reader.labels
         return np.tile(labels, self.num_views) if self.num_views else labels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `FixedSource`."""
+        return (self.input_size, self.input_size, 3)
 
     def inputs(self, batches: EpochBatches, rows: slice, columns: slice, batch_size: int) -> Any:
         """Return batches of images, `float32[batch_size, input_size, input_size, 3]` in [0, 255].
@@ -127,6 +160,20 @@ class ImageSource:
         )
         return steady(images.batch(batch_size, drop_remainder=True))
 
+    def write(self, target: np.ndarray, number: int) -> None:
+        """Write an image `float32[input_size, input_size, 3]` in [0, 255]; see `FixedSource`.
+
+        Raises:
+            DataError: If a shard is damaged, or an image can't be decoded.
+        """
+        view, index = divmod(number, len(self.reader.labels))
+        with self.reading():
+            resize_into(target, decode_bytes(self.reader.read(index)))
+            if view and self.transforms:
+                seed = tf.constant(self.reader.digests[index, :8].view("<i4"))
+                given = tf.convert_to_tensor(target)
+                target[...] = _varied(given, seed, tf.constant(view), tuple(self.transforms), self.strength)
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Raise the DataError for an image that can't be read, where TensorFlow's threads only know their own errors.
@@ -158,10 +205,9 @@ class ImageSource:
             return image
         if not self.num_views:
             return augment_image(image, seed, tuple(self.transforms), self.strength)
-        of_view = tf.random.experimental.stateless_fold_in(seed, view)
         return tf.cond(
             view > 0,
-            lambda: augment_image(image, of_view, tuple(self.transforms), self.strength),
+            lambda: _varied(image, seed, view, tuple(self.transforms), self.strength),
             lambda: image,
         )
 
@@ -177,7 +223,7 @@ def steady(batches: Any) -> Any:
     return batches.prefetch(2).with_options(options)
 
 
-def resize(image: Any, size: int) -> Any:
-    """Return `float32[size, size, 3]` for a `uint8[height, width, 3]` image, as the model's own first layer does."""
-    resized = tf.image.resize(image, (size, size), method="bilinear", antialias=True)
-    return tf.ensure_shape(resized, (size, size, 3))
+@tf.function(autograph=False, reduce_retracing=True)
+def _varied(image: Any, seed: Any, view: Any, transforms: tuple[str, ...], strength: float) -> Any:
+    """Return a view of an image: a function of the image's digest and the view's number, which is 1 or more."""
+    return augment_image(image, tf.random.experimental.stateless_fold_in(seed, view), transforms, strength)

@@ -29,7 +29,7 @@ class LiteRtForward:
     """
 
     name = "litert"
-    batch_size = 4 * _IMAGES_AT_ONCE
+    batch_size = 8 * _IMAGES_AT_ONCE
 
     def __init__(self, flatbuffer: bytes, input_size: int, num_threads: int = 0) -> None:
         """Make the interpreters.
