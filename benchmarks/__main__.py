@@ -29,7 +29,7 @@ _PLAN_OPTIONS = {
     "weights": "Its weights: imagenet, none, or a file.",
     "input_size": "Side of the images in pixels.",
     "num_blocks": "Last blocks that the textbook and kubegraft unfreeze.",
-    "head_epochs": "Epochs of the textbook with a frozen backbone.",
+    "head_epochs": "Most epochs of the textbook with a frozen backbone; it stops after three that bring nothing.",
     "tune_epochs": "Epochs of the textbook's fine-tuning.",
     "all_epochs": "Epochs of its fine-tuning where it unfreezes everything, which is slow.",
 }

@@ -33,9 +33,9 @@ class Plan:
     weights: str = "imagenet"
     input_size: int = 224
     num_blocks: int = 5
-    head_epochs: int = 6
+    head_epochs: int = 30
     tune_epochs: int = 6
-    all_epochs: int = 3
+    all_epochs: int = 10
 
     def directory(self, name: str) -> Path:
         """Return what a contestant writes to; it is not there yet."""
@@ -130,7 +130,7 @@ NEED_COLD = ("kubegraft-warm", "kubegraft-warm-head", "kubegraft-1%")
 MEANINGS = {
     "textbook": "plain Keras: frozen backbone in `fit`, then the last blocks unfrozen and `fit` again",
     "textbook-cache": "the same, decoded images kept in memory by `cache()`",
-    "textbook-all": "the same, but all blocks unfrozen",
+    "textbook-all": "the same, but all blocks unfrozen, at the rate of Keras's guide (1e-5)",
     "features-logreg": "`model.predict`, then scikit-learn's logistic regression",
     "kubegraft-cold": "`kubegraft run` with an empty cache, evaluation and verified export included",
     "kubegraft-warm": "the same again: new output directory, same cache",

@@ -104,7 +104,8 @@ def _facts(results: Mapping[str, Any]) -> str:
         ],
         [
             "epochs of the textbook",
-            f"{plan['head_epochs']} frozen, then {plan['tune_epochs']} ({plan['all_epochs']} where all unfreezes)",
+            f"frozen until three bring nothing ({plan['head_epochs']} at most), then {plan['tune_epochs']} "
+            f"({plan['all_epochs']} where all unfreezes)",
         ],
         ["load average before", f"{results['load_average_before']:.2f}"],
     ]

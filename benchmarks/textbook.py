@@ -24,12 +24,15 @@ parser.add_argument("--backbone", default="efficientnet_lite0")
 parser.add_argument("--weights", default="imagenet")
 parser.add_argument("--input-size", type=int, default=224)
 parser.add_argument("--num-blocks", type=int, default=5, help="last blocks to unfreeze; -1 for all")
-parser.add_argument("--head-epochs", type=int, default=6)
+parser.add_argument("--head-epochs", type=int, default=30, help="at most; ends when it gets no better")
 parser.add_argument("--tune-epochs", type=int, default=6)
 parser.add_argument("--cache", action="store_true", help="keep decoded images in memory")
 parser.add_argument("--seed", type=int, default=0)
 BATCH = 32
 HEAD_RATE, TUNE_RATE = 1e-3, 3e-4
+ALL_RATE = 1e-5  # of Keras's guide, which unfreezes the whole backbone
+# Epochs without a better one after which the head is taken to be done.
+PATIENCE = 3
 
 
 def load(folder: Path, options: argparse.Namespace, *, shuffle: bool):
@@ -67,12 +70,12 @@ def say(phase: str, event: str, **fields) -> None:
     print(json.dumps({"stage": phase, "event": event, **fields}), file=sys.stderr, flush=True)
 
 
-def fit(model, splits, epochs: int, optimizer, phase: str) -> dict:
-    """Train, keep the best epoch, and return what came out."""
+def fit(model, splits, epochs: int, optimizer, phase: str, patience: int) -> dict:
+    """Train until no epoch gets better, keep the best one, and return what came out."""
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     log = Log(phase)
     best = keras.callbacks.EarlyStopping(
-        "val_accuracy", mode="max", patience=epochs, restore_best_weights=True
+        "val_accuracy", mode="max", patience=patience, restore_best_weights=True
     )
     history = model.fit(
         splits["train"],
@@ -99,12 +102,12 @@ def unfreeze(core, backbone, num_blocks: int) -> None:
         )
 
 
-def schedule(epochs: int, num_steps: int):
+def schedule(rate: float, epochs: int, num_steps: int):
     """Warm up for a tenth of the steps, then fall as a cosine."""
     steps = max(epochs * num_steps, 2)
     warm_up = max(steps // 10, 1)
     return keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, warmup_target=TUNE_RATE, warmup_steps=warm_up
+        0.0, steps - warm_up, warmup_target=rate, warmup_steps=warm_up
     )
 
 
@@ -127,12 +130,14 @@ def main() -> None:
     x = keras.layers.Dropout(0.2)(x)
     model = keras.Model(pixels, keras.layers.Dense(num_classes, activation="softmax")(x))
 
-    phases = {"head": fit(model, splits, options.head_epochs, keras.optimizers.Adam(HEAD_RATE), "train_head")}
+    adam = keras.optimizers.Adam(HEAD_RATE)
+    phases = {"head": fit(model, splits, options.head_epochs, adam, "train_head", PATIENCE)}
     if options.tune_epochs:
         unfreeze(core, backbone, options.num_blocks)
         num_steps = -(-num_images["train"] // BATCH)
-        optimizer = keras.optimizers.AdamW(schedule(options.tune_epochs, num_steps), weight_decay=0.01)
-        phases["fine_tuned"] = fit(model, splits, options.tune_epochs, optimizer, "fine_tune")
+        epochs, rate = options.tune_epochs, ALL_RATE if options.num_blocks < 0 else TUNE_RATE
+        optimizer = keras.optimizers.AdamW(schedule(rate, epochs, num_steps), weight_decay=0.01)
+        phases["fine_tuned"] = fit(model, splits, epochs, optimizer, "fine_tune", epochs)
     options.output.mkdir(parents=True, exist_ok=True)
     model.save(options.output / "model.keras")
     say("textbook", "trained")

@@ -152,7 +152,7 @@ def _keras(graph: FrozenGraph, reason: str) -> FrozenForward:
 def _ratio(litert: FrozenForward, keras: FrozenForward, images: np.ndarray) -> float:
     """Return the speed of one as a multiple of the other's; in turn, so that a busy machine slows both."""
     seconds = {id(litert): float("inf"), id(keras): float("inf")}
-    batch = np.concatenate([images] * -(-litert.batch_size * litert.num_workers // len(images)))
+    batch = np.concatenate([images] * litert.num_workers)
     for _ in range(_TRIAL_ROUNDS):
         for each in (litert, keras):
             parts = np.array_split(batch, each.num_workers)
