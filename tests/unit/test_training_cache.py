@@ -84,6 +84,20 @@ def test_another_cut_than_the_recipes_is_computed(dataset, cold, tmp_path, monke
     assert tuned.metrics["features_computed"] == num_images(dataset)
 
 
+def test_a_cut_that_the_head_is_told_of_is_met_on_its_way(dataset, cold, tmp_path, monkeypatch):
+    _, head, _ = cold
+    monkeypatch.setenv("KUBEGRAFT_CACHE", str(tmp_path / "cache"))
+    deeper = dataclasses.replace(FINE_TUNE, num_blocks=5)
+    told = train_head(dataset, tmp_path / "head", HEAD, deeper)
+    np.testing.assert_allclose(told.metrics["validation_loss"], head.metrics["validation_loss"], rtol=1e-4)
+    tuned = fine_tune(dataset, tmp_path / "head", tmp_path / "tuned", deeper)
+    assert counts(tuned) == {
+        "images_decoded": 0,
+        "features_found": num_images(dataset),
+        "features_computed": 0,
+    }
+
+
 def test_a_second_run_decodes_no_image_and_comes_to_the_same(dataset, cold, tmp_path, monkeypatch):
     root, head, tuned = cold
     count = num_images(dataset)

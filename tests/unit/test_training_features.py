@@ -9,6 +9,7 @@ import pytest
 
 from kubegraft import processes
 from kubegraft.errors import Interrupted
+from kubegraft.training import features
 from kubegraft.training.distribution import make_strategy
 from kubegraft.training.features import extract_rows, in_order
 from kubegraft.training.sources import FeatureSource
@@ -26,11 +27,13 @@ class Means:
     num_workers: int = 3
     stop_after: int = 1000
     seen: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def forward(self, images):
         time.sleep(float(images[0, 0, 0, 0]) % 3 / 500)  # later batches are ready before earlier ones
         with self.lock:
+            self.shapes.append(images.shape)
             self.seen.extend(images[:, 0, 0, 0].astype(int))
             if len(self.seen) >= self.stop_after:
                 processes._stop.set()
@@ -93,6 +96,15 @@ def test_few_batches_are_held_at_a_time():
     for number, rows in enumerate(in_order(engine.forward, batches(), engine.num_workers)):
         assert rows[0, 0] == number
         assert len(made) <= number + engine.num_workers + 2
+
+
+@pytest.mark.parametrize("num_processors", [1, 3, 64])
+def test_rows_do_not_depend_on_who_makes_the_inputs(source, tmp_path, monkeypatch, num_processors):
+    monkeypatch.setattr(features, "usable_processors", lambda: num_processors)
+    engine = Means()
+    rows = extract(engine, source, tmp_path)
+    np.testing.assert_array_equal(rows[:, 0], np.arange(NUM_IMAGES))
+    assert set(engine.shapes) == {(BATCH_SIZE, 2, 2, 3)}  # Keras's last bits depend on the shape
 
 
 def test_a_failure_of_the_engine_is_the_callers(source, tmp_path):

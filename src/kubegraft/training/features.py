@@ -332,19 +332,18 @@ def engine_rows(forward: FrozenForward, source: FixedSource, batches: EpochBatch
     Args:
         forward: The engine.
         source: The examples.
-        batches: Which ones; -1 for none, whose row may be missing at the end.
+        batches: Which ones; what the row of -1 is does not matter.
     """
     if forward.num_workers >= usable_processors():
         of_thread = threading.local()  # fresh memory costs as much as to fill it
 
         def compute(numbers: np.ndarray) -> np.ndarray:
-            wanted = numbers[numbers >= 0]
             if not hasattr(of_thread, "inputs"):
-                of_thread.inputs = np.empty((len(numbers), *source.shape), np.float32)
-            inputs: np.ndarray = of_thread.inputs[: len(wanted)]
-            for target, number in zip(inputs, wanted.tolist(), strict=True):
-                source.write(target, number)
-            return forward.forward(inputs)
+                of_thread.inputs = np.zeros((len(numbers), *source.shape), np.float32)
+            for target, number in zip(of_thread.inputs, numbers.tolist(), strict=True):
+                if number >= 0:
+                    source.write(target, number)
+            return forward.forward(of_thread.inputs)
 
         yield from in_order(compute, batches.index, forward.num_workers)
     elif batches.num_steps:

@@ -83,8 +83,7 @@ def train_head(
 
     def body(workspace: Workspace) -> Outcome:
         training = _HeadTraining(dataset_dir, manifest, backbone, config, workspace, weights_digest)
-        training.next_config = next_config or FineTuneConfig()
-        return training.run()
+        return training.run(next_config or FineTuneConfig())
 
     return run_shared_stage("train_head", output_dir, inputs=inputs, config=config, body=body)
 
@@ -114,8 +113,7 @@ class _HeadTraining:
         self.cache, self.counts = FeatureCache.open(), PassCounts()
         self.readers: dict[str, SplitReader] = {}
         self.frozen_pass: FrozenPass | None = None
-        self.next_config = FineTuneConfig()
-        self.given = config
+        self.given, self.next_config = config, FineTuneConfig()
         self.config, self.choices = self._resolved(config)
         for choice in self.choices:
             log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
@@ -133,7 +131,8 @@ class _HeadTraining:
         batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
         return dataclasses.replace(resolved, batch_size=batch_size), choices
 
-    def run(self) -> Outcome:
+    def run(self, next_config: FineTuneConfig) -> Outcome:
+        self.next_config = next_config
         model = self._built()
         if self.given.search_seconds:
             self._search(parts(model))

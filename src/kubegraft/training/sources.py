@@ -168,11 +168,18 @@ class ImageSource:
         """
         view, index = divmod(number, len(self.reader.labels))
         with self.reading():
-            resize_into(target, decode_bytes(self.reader.read(index)))
+            resize_into(target, self._decoded(index))
             if view and self.transforms:
                 seed = tf.constant(self.reader.digests[index, :8].view("<i4"))
                 given = tf.convert_to_tensor(target)
                 target[...] = _varied(given, seed, tf.constant(view), tuple(self.transforms), self.strength)
+
+    def _decoded(self, index: int) -> np.ndarray:
+        encoded = self.reader.read(index)
+        try:
+            return decode_bytes(encoded)
+        except Exception as error:  # Pillow raises whatever its plugins raise on damaged bytes
+            raise self._unreadable(error) from error
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -186,10 +193,13 @@ class ImageSource:
         except tf.errors.OpError as error:
             if self.reader.failure:
                 raise self.reader.failure from error
-            raise DataError(
-                f"The images of the `{self.reader.split}` split must be readable, as ingest found them. Received: "
-                f"{error.message}. Ingest the images again."
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(
+            f"The images of the `{self.reader.split}` split must be readable, as ingest found them. Received: "
+            f"{getattr(error, 'message', error)}. Ingest the images again."
+        )
 
     def _seen(self, index: np.ndarray, partner: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the view of each example, and the numbers of its image and its partner's in the split."""
