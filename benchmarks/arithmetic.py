@@ -18,6 +18,9 @@ MARKS = (
     ("textbook-all", "fine_tuned"),
 )
 
+# Validation accuracies that do not depend on how well anybody's textbook does.
+FIXED = (0.90, 0.95, 0.98)
+
 Record = Mapping[str, Any]
 
 
@@ -104,6 +107,25 @@ def comparisons(records: Sequence[Record]) -> list[dict[str, Any]]:
                     "num_seeds": len(times),
                 }
             )
+    return rows
+
+
+def fixed_marks(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return how long each contestant took to the accuracies of `FIXED`, whatever others came to.
+
+    Returns:
+        A row for each contestant: `contestant`, `num_seeds`, and by accuracy the `seconds` (mean of the seeds that got
+        there, or None) and how many `reached` it.
+    """
+    rows = []
+    for name in dict.fromkeys(record["contestant"] for record in records):
+        seeds = [record["seed"] for record in of_contestant(records, name)]
+        row: dict[str, Any] = {"contestant": name, "num_seeds": len(seeds), "seconds": {}, "reached": {}}
+        for accuracy in FIXED:
+            times = times_to(records, name, dict.fromkeys(seeds, accuracy))
+            there = [each for each in times if each is not None]
+            row["seconds"][accuracy], row["reached"][accuracy] = mean(there) if there else None, len(there)
+        rows.append(row)
     return rows
 
 

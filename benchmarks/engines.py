@@ -27,6 +27,8 @@ ROUNDS = 4
 class Files:
     """Image files as `training.sources.ImageSource` wants a split's reader."""
 
+    split, failure = "train", None
+
     def __init__(self, folder: Path) -> None:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.casefold() in SUFFIXES)
         self.encoded = [path.read_bytes() for path in paths]

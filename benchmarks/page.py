@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arithmetic import comparisons, noise, overview
-from .contest import MEANINGS
+from .arithmetic import FIXED, comparisons, fixed_marks, noise, overview
+from .contest import CONTESTANTS, MEANINGS, NOT_BY_DEFAULT
 
 BEGIN = "<!-- begin: written by `make benchmark` -->"
 END = "<!-- end: written by `make benchmark` -->"
@@ -39,6 +39,8 @@ def render(results: Mapping[str, Any]) -> str:
         parts += ["### Contestants", _contestants(records), _meanings(records)]
     if rows := comparisons(records):
         parts += ["### Time to the textbook's accuracy", _comparisons(rows)]
+    if records:
+        parts += ["### Time to fixed accuracies", _fixed_marks(records)]
     if results.get("bare"):
         parts += ["### Bare limits", _bare(results)]
     if results.get("large"):
@@ -139,7 +141,9 @@ def _contestants(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _meanings(records: Sequence[Mapping[str, Any]]) -> str:
     names = dict.fromkeys(record["contestant"] for record in records)
-    return "\n".join(f"- `{name}`: {MEANINGS[name]}." for name in names)
+    lines = [f"- `{name}`: {MEANINGS[name]}." for name in names]
+    absent = [f"`{name}`" for name in CONTESTANTS if name not in {*names, *NOT_BY_DEFAULT}]
+    return "\n".join(lines) + (f"\n\nNot in this run: {', '.join(absent)}." if absent else "")
 
 
 def _comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -157,6 +161,20 @@ def _comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
                 _shown(row["ratio"], "{:.1f}".format),
             ]
             for row in rows
+        ],
+    )
+
+
+def _fixed_marks(records: Sequence[Mapping[str, Any]]) -> str:
+    def time_of(row: Mapping[str, Any], accuracy: float) -> str:
+        reached, seconds = row["reached"][accuracy], _shown(row["seconds"][accuracy], _seconds)
+        return seconds if reached in (0, row["num_seeds"]) else f"{seconds} ({reached} of {row['num_seeds']})"
+
+    return table(
+        ["validation accuracy", *(f"{accuracy:.2f}" for accuracy in FIXED)],
+        [
+            [f"`{row['contestant']}`", *(time_of(row, accuracy) for accuracy in FIXED)]
+            for row in fixed_marks(records)
         ],
     )
 

@@ -102,12 +102,12 @@ def unfreeze(core, backbone, num_blocks: int) -> None:
         )
 
 
-def schedule(rate: float, epochs: int, num_steps: int):
+def schedule(epochs: int, num_steps: int):
     """Warm up for a tenth of the steps, then fall as a cosine."""
     steps = max(epochs * num_steps, 2)
     warm_up = max(steps // 10, 1)
     return keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, warmup_target=rate, warmup_steps=warm_up
+        0.0, steps - warm_up, warmup_target=TUNE_RATE, warmup_steps=warm_up
     )
 
 
@@ -135,8 +135,9 @@ def main() -> None:
     if options.tune_epochs:
         unfreeze(core, backbone, options.num_blocks)
         num_steps = -(-num_images["train"] // BATCH)
-        epochs, rate = options.tune_epochs, ALL_RATE if options.num_blocks < 0 else TUNE_RATE
-        optimizer = keras.optimizers.AdamW(schedule(rate, epochs, num_steps), weight_decay=0.01)
+        epochs = options.tune_epochs
+        rate = schedule(epochs, num_steps) if options.num_blocks >= 0 else ALL_RATE
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01)
         phases["fine_tuned"] = fit(model, splits, epochs, optimizer, "fine_tune", epochs)
     options.output.mkdir(parents=True, exist_ok=True)
     model.save(options.output / "model.keras")

@@ -89,7 +89,7 @@ def test_a_cut_that_the_head_is_told_of_is_met_on_its_way(dataset, cold, tmp_pat
     monkeypatch.setenv("KUBEGRAFT_CACHE", str(tmp_path / "cache"))
     deeper = dataclasses.replace(FINE_TUNE, num_blocks=5)
     told = train_head(dataset, tmp_path / "head", HEAD, deeper)
-    np.testing.assert_allclose(told.metrics["validation_loss"], head.metrics["validation_loss"], rtol=1e-4)
+    assert told.digest == head.digest
     tuned = fine_tune(dataset, tmp_path / "head", tmp_path / "tuned", deeper)
     assert counts(tuned) == {
         "images_decoded": 0,

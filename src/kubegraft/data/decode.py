@@ -28,7 +28,7 @@ _APP1: Final = 0xE1
 _MOST_SEGMENTS: Final = 100
 # An entry of a TIFF directory, in either byte order, that says anything but upright: tag, type, count, value.
 _ROTATING_ENTRY: Final = re.compile(
-    rb"\x12\x01\x03\x00....[\x02-\x08]\x00|\x01\x12\x00\x03....\x00[\x02-\x08]", re.DOTALL
+    rb"\x12\x01\x03\x00....[\x02-\x08](?:\x00|\Z)|\x01\x12\x00\x03....\x00[\x02-\x08]", re.DOTALL
 )
 _MOST_BYTES_SEARCHED: Final = 2**17
 

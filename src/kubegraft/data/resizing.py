@@ -17,7 +17,7 @@ _OF_THREAD = threading.local()
 
 
 def resize(image: Any, size: int) -> Any:
-    """Return an image of the network's side, as the model's own first layer makes it.
+    """Return an image of the network's side, as the model's own first layer makes it but for the last bits.
 
     Args:
         image: `uint8[height, width, 3]`, a tensor.
@@ -94,12 +94,13 @@ def _buffers(height: int, size: int, channels: int) -> tuple[np.ndarray, ...]:
     """Return memory that the calling thread uses again and again: to have fresh pages takes as long as the work."""
     shape = (height, size * channels)
     if getattr(_OF_THREAD, "shape", None) != (shape, size):
-        _OF_THREAD.shape = shape, size
+        _OF_THREAD.shape, _OF_THREAD.buffers = None, ()  # one thread does not hold two sizes
         _OF_THREAD.buffers = (
             np.empty(shape, np.uint8),
             np.empty(shape, np.float32),
             np.empty(shape, np.float32),
             np.empty((size, shape[1]), np.float32),
         )
+        _OF_THREAD.shape = shape, size
     buffers: tuple[np.ndarray, ...] = _OF_THREAD.buffers
     return buffers

@@ -31,6 +31,8 @@ from kubegraft.training.workers import Workers
 # Images that a replica computes together. Always as many: TensorFlow's last bits depend on the shape of a
 # batch, but not on what else is in it, so that a row is the same whenever and with whatever it is computed.
 BATCH_SIZE: Final = 32
+# Fewer than so many at once are no quicker.
+_FEW_IMAGES: Final = 4
 # Real images to prove an engine with, and to time it.
 _NUM_SAMPLES: Final = 8
 
@@ -52,7 +54,12 @@ class KnownRows(Protocol):
 
 
 def frozen_forward(
-    strategy: Any, forward: Forward, source: FixedSource, input_size: int, identity: str = ""
+    strategy: Any,
+    forward: Forward,
+    source: FixedSource,
+    input_size: int,
+    identity: str = "",
+    row_length: int | None = None,
 ) -> FrozenForward | Forward:
     """Return how a frozen pass is best computed on this machine.
 
@@ -62,6 +69,7 @@ def frozen_forward(
         source: Images; the first few prove that an engine answers like Keras, where that is not known yet.
         input_size: Side of the images in pixels.
         identity: Digest of what `forward` computes; see `FrozenGraph`.
+        row_length: See `choose_engine`.
 
     Returns:
         An engine for a CPU; `forward` itself for GPUs or several replicas, where TensorFlow computes it.
@@ -77,11 +85,13 @@ def frozen_forward(
         images: np.ndarray = next(iter(source.inputs(batches, slice(0, 1), slice(None), count))).numpy()
         return images
 
-    found = choose_engine(forward, samples, input_size, identity=identity)
+    found = choose_engine(forward, samples, input_size, identity=identity, row_length=row_length)
     chosen = workers.share(found.name)  # a matter of timing; rows that train together come from one engine
     if found.name == chosen:
         return found
-    return choose_engine(forward, samples, input_size, identity=identity, engine=chosen)
+    return choose_engine(
+        forward, samples, input_size, identity=identity, row_length=row_length, engine=chosen
+    )
 
 
 def extract_rows(
@@ -97,9 +107,9 @@ def extract_rows(
 ) -> np.ndarray:
     """Return a row of numbers for every example of a source, computed once and kept in the file `path`.
 
-    Inputs are read, decoded and resized while earlier ones are computed. What an interrupted call had computed is
-    kept and gone on from, by the same engine; another one starts anew. Memory does not grow with the number of
-    examples. Several workers compute a share each, and all read the file that the chief puts together.
+    Inputs are read, decoded and resized beside the computing of others; see `engine_rows`. What an interrupted call
+    had computed is kept and gone on from, by the same engine; another one starts anew. Memory does not grow with the
+    number of examples. Several workers compute a share each, and all read the file that the chief puts together.
 
     Args:
         strategy: A `tf.distribute` strategy; what is no engine runs on its replicas.
@@ -241,7 +251,9 @@ class _Pass:
 
     def _compute(self, file: RowFile, places: np.ndarray, numbers: np.ndarray, progress: Progress) -> None:
         engine = self.forward if hasattr(self.forward, "digest") else None
-        batch_size = engine.batch_size if engine else BATCH_SIZE * num_local_replicas(self.strategy)
+        batch_size = BATCH_SIZE * num_local_replicas(self.strategy)
+        if engine:
+            batch_size = _fair_batch_size(engine, len(numbers))
         computed = (_by_engine if engine else _on_replicas)(
             self.strategy, self.forward, self.source, _full_batches(numbers, batch_size), self.dtype
         )
@@ -283,6 +295,14 @@ def _go_on(file: RowFile, phase: str) -> None:
             f"`{phase}` was asked to stop (SIGTERM) and kept {int(file.done.sum())} of {file.num_rows} rows. "
             "Start it again with the same arguments to go on."
         )
+
+
+def _fair_batch_size(engine: FrozenForward, num_images: int) -> int:
+    """Return how many images to hand over at once, so that a few are not all one worker's."""
+    if engine.num_workers == 1:
+        return engine.batch_size
+    share = -(-num_images // engine.num_workers)
+    return min(engine.batch_size, max(_FEW_IMAGES, -(-share // _FEW_IMAGES) * _FEW_IMAGES))
 
 
 def _full_batches(numbers: np.ndarray, batch_size: int) -> EpochBatches:

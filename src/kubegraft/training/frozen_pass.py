@@ -176,7 +176,12 @@ class FrozenPass:
             return recalled
         if self._engine is None:
             self._engine = frozen_forward(
-                self.strategy, self.forward, images, images.input_size, self._identity(images)
+                self.strategy,
+                self.forward,
+                images,
+                images.input_size,
+                self._identity(images),
+                self.row_length,
             )
         engine = getattr(self._engine, "name", "tensorflow")
         return extract_rows(

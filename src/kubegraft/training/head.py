@@ -295,7 +295,8 @@ class _HeadTraining:
         """Return the backbone cut where fine-tuning will cut it first.
 
         What crosses the cut is on the way to the features. Kept now, it spares fine-tuning a pass through the frozen
-        blocks. None where little room in the cache would go to it, or it has another number format.
+        blocks. None where much of the cache's room would go to it, it has another number format, or images will be
+        mixed, so that the whole network must train.
         """
         fine_tuning, _ = resolve_fine_tune(
             self.next_config,
@@ -303,7 +304,8 @@ class _HeadTraining:
             num_backbone_blocks=self.backbone.num_blocks,
             num_backbone_parameters=self.backbone.num_parameters,
         )
-        if not 0 < fine_tuning.num_blocks < self.backbone.num_blocks or not self.cache.enabled:
+        _, mixup_alpha = transforms_of(fine_tuning.augmentation)
+        if not 0 < fine_tuning.num_blocks < self.backbone.num_blocks or not self.cache.enabled or mixup_alpha:
             return None
         boundary = boundary_of(model_parts.backbone, self.backbone, fine_tuning.num_blocks)
         num_images = sum(self.manifest.splits[split].num_images for split in ("train", "validation"))

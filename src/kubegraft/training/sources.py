@@ -178,6 +178,8 @@ class ImageSource:
         encoded = self.reader.read(index)
         try:
             return decode_bytes(encoded)
+        except (MemoryError, tf.errors.ResourceExhaustedError):
+            raise
         except Exception as error:  # Pillow raises whatever its plugins raise on damaged bytes
             raise self._unreadable(error) from error
 
