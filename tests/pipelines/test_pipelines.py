@@ -98,6 +98,13 @@ def test_the_digest_reaches_every_later_task(compiled):
         assert source == {"outputParameterKey": "dataset_digest", "producerTask": "ingest"}
 
 
+@pytest.mark.parametrize("name", ["num_blocks", "unfreeze_fraction"])
+def test_the_head_knows_where_fine_tuning_will_cut(compiled, name):
+    tasks = compiled["spec"]["root"]["dag"]["tasks"]
+    for task in ("train-head", "fine-tune"):
+        assert tasks[task]["inputs"]["parameters"][name] == {"componentInputParameter": name}
+
+
 def test_the_look_at_the_images_alone_is_never_answered_from_the_cache(compiled):
     tasks = compiled["spec"]["root"]["dag"]["tasks"]
     cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}

@@ -79,6 +79,15 @@ def test_the_environment_is_as_before(tmp_path):
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize("given", [None, "", "glibc.malloc.check=1"])
+def test_stages_have_huge_pages_unless_the_user_says_otherwise(tmp_path, monkeypatch, given):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    variables = local_run._for_stages(tmp_path, fresh=False)
+    assert variables["GLIBC_TUNABLES"] == ("glibc.malloc.hugetlb=1" if given is None else given)
+
+
 def test_a_stages_error_is_the_runs(tmp_path, capfd):
     with pytest.raises(DataError, match=r"^`x` is bad\.$"):
         run("error", tmp_path / "out")

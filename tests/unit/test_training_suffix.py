@@ -151,11 +151,6 @@ def test_a_view_is_a_function_of_the_image_and_its_number(dataset):
         return np.concatenate(images).reshape(num_views, len(reader), SIZE, SIZE, 3)
 
     three, two = views(3, seed=0), views(2, seed=9)
-    source = ImageSource(reader, SIZE, ("crop", "colour"), 0.7, 3)
-    written = np.empty((3 * len(reader), *source.shape), np.float32)
-    for number, target in enumerate(written):  # as an engine's workers take them
-        source.write(target, number)
-    np.testing.assert_array_equal(written.reshape(three.shape), three)
     np.testing.assert_array_equal(three[:2], two)
     assert not any(np.array_equal(a, b) for a, b in zip(three[1], three[2], strict=True))
     plain = ImageSource(reader, SIZE)

@@ -347,14 +347,15 @@ def engine_rows(forward: FrozenForward, source: FixedSource, batches: EpochBatch
     """Yield the rows of batches of examples as they are, in their order.
 
     Where an engine's workers occupy every processor, each makes the inputs of its batch itself, all of them before it
-    computes: processors are quickest at what they have just done. Otherwise `tf.data` makes inputs beside.
+    computes: processors are quickest at what they have just done. Otherwise `tf.data` makes inputs beside, also where
+    a source can't write them.
 
     Args:
         forward: The engine.
         source: The examples.
         batches: Which ones; what the row of -1 is does not matter.
     """
-    if forward.num_workers >= usable_processors():
+    if source.can_write and forward.num_workers >= usable_processors():
         of_thread = threading.local()  # fresh memory costs as much as to fill it
 
         def compute(numbers: np.ndarray) -> np.ndarray:

@@ -41,13 +41,15 @@ class FixedSource(Source, Protocol):
     """A source whose examples are the same in every epoch."""
 
     @property
+    def can_write(self) -> bool:
+        """Whether `write` makes the very bits that `inputs` makes."""
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the input of one example."""
 
     def write(self, target: np.ndarray, number: int) -> None:
         """Write the input of an example into memory of the caller's, in the caller's thread.
-
-        The same as `inputs` makes.
 
         Args:
             target: `float32` of that shape.
@@ -66,6 +68,11 @@ class FeatureSource:
 
     features: np.ndarray
     labels: np.ndarray
+
+    @property
+    def can_write(self) -> bool:
+        """See `FixedSource`."""
+        return True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +132,11 @@ class ImageSource:
         return np.tile(labels, self.num_views) if self.num_views else labels
 
     @property
+    def can_write(self) -> bool:
+        """See `FixedSource`; not for varied images, whose last bits depend on how TensorFlow runs the transforms."""
+        return not self.transforms or self.num_views == 1
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """See `FixedSource`."""
         return (self.input_size, self.input_size, 3)
@@ -166,13 +178,8 @@ class ImageSource:
         Raises:
             DataError: If a shard is damaged, or an image can't be decoded.
         """
-        view, index = divmod(number, len(self.reader.labels))
         with self.reading():
-            resize_into(target, self._decoded(index))
-            if view and self.transforms:
-                seed = tf.constant(self.reader.digests[index, :8].view("<i4"))
-                given = tf.convert_to_tensor(target)
-                target[...] = _varied(given, seed, tf.constant(view), tuple(self.transforms), self.strength)
+            resize_into(target, self._decoded(number % len(self.reader.labels)))
 
     def _decoded(self, index: int) -> np.ndarray:
         encoded = self.reader.read(index)
@@ -217,9 +224,10 @@ class ImageSource:
             return image
         if not self.num_views:
             return augment_image(image, seed, tuple(self.transforms), self.strength)
+        of_view = tf.random.experimental.stateless_fold_in(seed, view)
         return tf.cond(
             view > 0,
-            lambda: _varied(image, seed, view, tuple(self.transforms), self.strength),
+            lambda: augment_image(image, of_view, tuple(self.transforms), self.strength),
             lambda: image,
         )
 
@@ -233,9 +241,3 @@ def steady(batches: Any) -> Any:
     options = tf.data.Options()
     options.autotune.enabled = False
     return batches.prefetch(2).with_options(options)
-
-
-@tf.function(autograph=False, reduce_retracing=True)
-def _varied(image: Any, seed: Any, view: Any, transforms: tuple[str, ...], strength: float) -> Any:
-    """Return a view of an image: a function of the image's digest and the view's number, which is 1 or more."""
-    return augment_image(image, tf.random.experimental.stateless_fold_in(seed, view), transforms, strength)
