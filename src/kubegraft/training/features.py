@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from kubegraft.errors import Interrupted
-from kubegraft.modeling.engines import Forward, FrozenForward, choose_engine
+from kubegraft.modeling.engines import IMAGES_AT_ONCE, Forward, FrozenForward, choose_engine
 from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.processors import usable_processors
 from kubegraft.reporting.events import log_event
@@ -31,8 +31,6 @@ from kubegraft.training.workers import Workers
 # Images that a replica computes together. Always as many: TensorFlow's last bits depend on the shape of a
 # batch, but not on what else is in it, so that a row is the same whenever and with whatever it is computed.
 BATCH_SIZE: Final = 32
-# Fewer than so many at once are no quicker.
-_FEW_IMAGES: Final = 4
 # Real images to prove an engine with, and to time it.
 _NUM_SAMPLES: Final = 8
 
@@ -302,7 +300,7 @@ def _fair_batch_size(engine: FrozenForward, num_images: int) -> int:
     if engine.num_workers == 1:
         return engine.batch_size
     share = -(-num_images // engine.num_workers)
-    return min(engine.batch_size, max(_FEW_IMAGES, -(-share // _FEW_IMAGES) * _FEW_IMAGES))
+    return min(engine.batch_size, max(IMAGES_AT_ONCE, -(-share // IMAGES_AT_ONCE) * IMAGES_AT_ONCE))
 
 
 def _full_batches(numbers: np.ndarray, batch_size: int) -> EpochBatches:

@@ -82,8 +82,8 @@ def train_head(
     inputs = {"dataset": read_result(dataset_dir).digest, "weights": weights_digest}
 
     def body(workspace: Workspace) -> Outcome:
-        training = _HeadTraining(dataset_dir, manifest, backbone, config, workspace, weights_digest)
-        return training.run(next_config or FineTuneConfig())
+        configs = config, next_config or FineTuneConfig()
+        return _HeadTraining(dataset_dir, manifest, backbone, configs, workspace, weights_digest).run()
 
     return run_shared_stage("train_head", output_dir, inputs=inputs, config=config, body=body)
 
@@ -96,11 +96,12 @@ class _HeadTraining:
         dataset_dir: str | os.PathLike[str],
         manifest: Manifest,
         backbone: Backbone,
-        config: HeadConfig,
+        configs: tuple[HeadConfig, FineTuneConfig],
         workspace: Workspace,
         weights_digest: str,
     ) -> None:
-        tensorflow_setup.setup(config.seed)
+        self.given, self.next_config = configs
+        tensorflow_setup.setup(self.given.seed)
         self.weights_digest = weights_digest
         self.dataset_dir, self.manifest, self.backbone, self.workspace = (
             dataset_dir,
@@ -113,8 +114,7 @@ class _HeadTraining:
         self.cache, self.counts = FeatureCache.open(), PassCounts()
         self.readers: dict[str, SplitReader] = {}
         self.frozen_pass: FrozenPass | None = None
-        self.given, self.next_config = config, FineTuneConfig()
-        self.config, self.choices = self._resolved(config)
+        self.config, self.choices = self._resolved(self.given)
         for choice in self.choices:
             log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
@@ -131,8 +131,7 @@ class _HeadTraining:
         batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
         return dataclasses.replace(resolved, batch_size=batch_size), choices
 
-    def run(self, next_config: FineTuneConfig) -> Outcome:
-        self.next_config = next_config
+    def run(self) -> Outcome:
         model = self._built()
         if self.given.search_seconds:
             self._search(parts(model))

@@ -178,8 +178,7 @@ class ImageSource:
         Raises:
             DataError: If a shard is damaged, or an image can't be decoded.
         """
-        with self.reading():
-            resize_into(target, self._decoded(number % len(self.reader.labels)))
+        resize_into(target, self._decoded(number % len(self.reader.labels)))
 
     def _decoded(self, index: int) -> np.ndarray:
         encoded = self.reader.read(index)

@@ -6,6 +6,7 @@ a CPU, Keras where LiteRT can't, differs or doesn't pay. `training.features` is 
 
 from kubegraft.modeling.engines.choice import ENGINE_VARIABLE, choose_engine, recallable
 from kubegraft.modeling.engines.interface import (
+    IMAGES_AT_ONCE,
     TOLERANCE,
     Forward,
     FrozenForward,
@@ -15,6 +16,7 @@ from kubegraft.modeling.engines.interface import (
 
 __all__ = [
     "ENGINE_VARIABLE",
+    "IMAGES_AT_ONCE",
     "TOLERANCE",
     "Forward",
     "FrozenForward",

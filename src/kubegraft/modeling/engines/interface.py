@@ -14,6 +14,8 @@ import tensorflow as tf
 Forward: TypeAlias = Callable[[Any], Any]
 # Largest difference that is rounding: float32 sums of thousands of terms in another order differ by 1e-6 to 1e-5.
 TOLERANCE: Final = 1e-4
+# Images that are quickest together: their activations stay in the processor's cache.
+IMAGES_AT_ONCE: Final = 4
 # Below it float32 is subnormal, which engines may flush to 0; a random backbone can shrink its features so far.
 _NOTHING: Final = 1e-30
 

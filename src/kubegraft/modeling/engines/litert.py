@@ -10,12 +10,10 @@ from typing import Any, Final
 import numpy as np
 import tensorflow as tf
 
-from kubegraft.modeling.engines.interface import FrozenGraph
+from kubegraft.modeling.engines.interface import IMAGES_AT_ONCE, FrozenGraph
 from kubegraft.processors import usable_processors
 from kubegraft.tensorflow_setup import quiet_stderr
 
-# The activations of a few images stay in the processor's cache.
-_IMAGES_AT_ONCE: Final = 4
 # Each interpreter packs the weights for itself.
 _MOST_WEIGHT_BYTES: Final = 2**29
 _MOST_WORKERS: Final = 8
@@ -29,7 +27,7 @@ class LiteRtForward:
     """
 
     name = "litert"
-    batch_size = 8 * _IMAGES_AT_ONCE
+    batch_size = 8 * IMAGES_AT_ONCE
 
     def __init__(self, flatbuffer: bytes, input_size: int, num_threads: int = 0) -> None:
         """Make the interpreters.
@@ -47,7 +45,7 @@ class LiteRtForward:
         fit = max(1, _MOST_WEIGHT_BYTES // max(len(flatbuffer), 1))
         self.num_workers = min(processors, fit, _MOST_WORKERS)
         self.digest = hashlib.sha256(f"litert {tf.__version__} ".encode() + flatbuffer).hexdigest()
-        self._shape = (_IMAGES_AT_ONCE, input_size, input_size, 3)
+        self._shape = (IMAGES_AT_ONCE, input_size, input_size, 3)
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(self.num_workers):
             self._idle.put(_interpreter(flatbuffer, self._shape, processors // self.num_workers))
@@ -57,8 +55,8 @@ class LiteRtForward:
         interpreter = self._idle.get()
         try:
             parts = [
-                self._few(interpreter, images[start : start + _IMAGES_AT_ONCE])
-                for start in range(0, len(images), _IMAGES_AT_ONCE)
+                self._few(interpreter, images[start : start + IMAGES_AT_ONCE])
+                for start in range(0, len(images), IMAGES_AT_ONCE)
             ]
         finally:
             self._idle.put(interpreter)
@@ -66,7 +64,7 @@ class LiteRtForward:
 
     def _few(self, interpreter: Any, images: np.ndarray) -> np.ndarray:
         given = images
-        if len(images) < _IMAGES_AT_ONCE:
+        if len(images) < IMAGES_AT_ONCE:
             given = np.zeros(self._shape, np.float32)
             given[: len(images)] = images
         interpreter.set_tensor(interpreter.get_input_details()[0]["index"], given)
