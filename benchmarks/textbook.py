@@ -29,7 +29,7 @@ parser.add_argument("--tune-epochs", type=int, default=6)
 parser.add_argument("--cache", action="store_true", help="keep decoded images in memory")
 parser.add_argument("--seed", type=int, default=0)
 BATCH = 32
-HEAD_RATE, TUNE_RATE = 1e-3, 3e-4
+HEAD_RATE, TUNE_RATE = 1e-3, 1e-4
 ALL_RATE = 1e-5  # of Keras's guide, which unfreezes the whole backbone
 # Epochs without a better one after which the head is taken to be done.
 PATIENCE = 3
