@@ -111,23 +111,55 @@ def test_features_that_are_held_train_like_those_that_are_streamed(tmp_path, mon
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_steps_that_xla_compiles_train_alike(tmp_path, monkeypatch):
-    usual, expected = run(tmp_path / "usual", plain=True)  # XLA draws other dropout masks
-    compiled = []
-    function = steps.tf.function
+@pytest.fixture
+def compiled(monkeypatch):
+    """The options of everything that is compiled while a test runs."""
+    found, function = [], steps.tf.function
     monkeypatch.setattr(
-        steps.tf, "function", lambda *args, **options: compiled.append(options) or function(*args, **options)
+        steps.tf, "function", lambda *args, **options: found.append(options) or function(*args, **options)
     )
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_steps_that_xla_compiles_train_alike(tmp_path, monkeypatch, compiled, plain):
+    monkeypatch.setenv("KUBEGRAFT_XLA", "off")
+    usual, expected = run(tmp_path / "usual", plain=plain)
+    assert not any(options.get("jit_compile") for options in compiled)
     monkeypatch.setenv("KUBEGRAFT_XLA", "on")
-    history, weights = run(tmp_path / "xla", plain=True)
-    assert {"jit_compile": True} in compiled
+    history, weights = run(tmp_path / "xla", plain=plain)
+    assert any(options.get("jit_compile") for options in compiled)
     for one, other in zip(history.epochs, usual.epochs, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
     for one, other in zip(weights, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_head_on_features_is_compiled_by_xla_on_a_cpu(tmp_path, monkeypatch, compiled, gpu):
+    monkeypatch.delenv("KUBEGRAFT_XLA", raising=False)
+    monkeypatch.setattr(loop, "has_gpu", lambda: gpu)
+    run(tmp_path / "one")
+    assert any(options.get("jit_compile") for options in compiled) is not gpu
+
+
+def test_xla_is_on_or_off(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBEGRAFT_XLA", "ja")
     with pytest.raises(ConfigError, match="KUBEGRAFT_XLA='ja'"):
         run(tmp_path / "neither")
+
+
+@pytest.mark.parametrize("length", [5, 256])
+def test_dropout_keeps_as_many_as_it_says_and_does_not_move_the_mean(length):
+    head = HeadOnFeatures(SimpleNamespace(head_layers=[keras.layers.Dropout(0.3)]), 400)
+    position, seed = tf.range(400), tf.constant([3, 4])
+    rows = head.train_logits(tf.ones((400, length)), position, seed).numpy()
+    assert np.mean(rows == 0) == pytest.approx(0.3, abs=0.03)
+    assert rows.mean() == pytest.approx(1, abs=0.05)
+    usual = tf.random.stateless_uniform((400, length), seed, alg="philox").numpy() < 0.3
+    np.testing.assert_array_equal(rows == 0, usual)
+    few = head.train_logits(tf.ones((3, length)), position[7:10], seed).numpy()
+    np.testing.assert_array_equal(few, rows[7:10])
 
 
 def test_a_device_that_waits_for_its_input_is_told_once(capfd):

@@ -1,5 +1,7 @@
 """Images are the same to the last bit, whoever decodes them: `tf.data`, or the threads of an engine."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,3 +98,19 @@ def test_what_can_not_be_decoded_is_an_error_of_the_data(reader, monkeypatch, nu
 
 def test_a_few_images_are_shared_among_the_workers():
     assert [features._fair_batch_size(Engine(), count) for count in (1, 6, 9, 17, 1000)] == [4, 4, 8, 8, 8]
+
+
+def test_images_are_read_beside_one_another(reader, monkeypatch):
+    monkeypatch.setattr("kubegraft.training.sources.usable_processors", lambda: 2)
+    meeting, read = threading.Barrier(2), reader.read
+
+    def meets(index):
+        meeting.wait(timeout=30)
+        return read(index)
+
+    monkeypatch.setattr(reader, "read", meets)
+    source = ImageSource(reader, SIZE)
+    count = len(source.labels) // 2 * 2
+    batches = epoch_batches(source.labels[:count], batch_size=count, seed=0, epoch=0, shuffle=False)
+    images = next(iter(source.inputs(batches, slice(None), slice(None), count)))
+    assert len(images) == count

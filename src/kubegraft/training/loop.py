@@ -26,7 +26,7 @@ from kubegraft.reporting.events import log_event
 from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
-from kubegraft.training.distribution import workers_of
+from kubegraft.training.distribution import has_gpu, workers_of, xla_wanted
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
 from kubegraft.training.pace import Pace
 from kubegraft.training.sources import Source
@@ -161,7 +161,11 @@ class _Run:
         train_step, evaluation_step = replica_steps(
             trainable, self.optimizer, config, alone=self.workers.alone
         )
-        self.train_steps = make_steps(strategy, self.train_source, config.batch_size, train_step)
+        # XLA knows no collectives; and what it is worth on a GPU is measured there.
+        compiled = strategy.num_replicas_in_sync == 1 and xla_wanted(by_default=not has_gpu())
+        self.train_steps = make_steps(
+            strategy, self.train_source, config.batch_size, train_step, compiled=compiled
+        )
         self.evaluation_steps = make_steps(
             strategy, self.validation_source, config.batch_size, evaluation_step
         )

@@ -96,7 +96,8 @@ class FeatureSource:
             return mixed
 
         def load(index: Any, partner: Any, share: Any) -> Any:
-            return tf.ensure_shape(tf.numpy_function(gather, (index, partner, share), tf.float32), shape)
+            gathered = tf.numpy_function(gather, (index, partner, share), tf.float32, stateful=False)
+            return tf.ensure_shape(gathered, shape)
 
         return steady(tf.data.Dataset.from_tensor_slices(parts).map(load))
 
@@ -217,7 +218,8 @@ class ImageSource:
         return (index // num_images).astype(np.int32), index % num_images, partner % num_images
 
     def _image(self, index: Any, seed: Any, view: Any) -> Any:
-        encoded = tf.numpy_function(self.reader.read, [index], tf.string)
+        # With a state, as TensorFlow takes it to have by default, no two reads would run at a time.
+        encoded = tf.numpy_function(self.reader.read, [index], tf.string, stateful=False)
         image = resize(decode_any(tf.ensure_shape(encoded, ())), self.input_size)
         if not self.transforms or self.num_views == 1:
             return image

@@ -104,10 +104,12 @@ class Steps(Protocol):
         """
 
 
-def make_steps(strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep) -> Steps:
-    """Return steps over a split, by the fastest way there is for it."""
+def make_steps(
+    strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep, *, compiled: bool = False
+) -> Steps:
+    """Return steps over a split, by the fastest way there is for it; `compiled` by XLA if that way can be."""
     if isinstance(source, FeatureSource) and source.features.nbytes <= RESIDENT_BYTES:
-        return _ResidentSteps(strategy, source, batch_size, replica_step)
+        return _ResidentSteps(strategy, source, batch_size, replica_step, compiled=compiled)
     if isinstance(source, RowSource) and num_local_replicas(strategy) == 1:
         return _RowSteps(strategy, source, batch_size, replica_step)
     return _StreamedSteps(strategy, source, batch_size, replica_step)
@@ -207,7 +209,13 @@ class _ResidentSteps:
     """Every device holds all features; one call of the graph runs many steps."""
 
     def __init__(
-        self, strategy: Any, source: FeatureSource, batch_size: int, replica_step: ReplicaStep
+        self,
+        strategy: Any,
+        source: FeatureSource,
+        batch_size: int,
+        replica_step: ReplicaStep,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._source, self._steps_a_call, self._workers = source, 1, workers_of(strategy)
         per_replica = batch_size // strategy.num_replicas_in_sync
@@ -222,18 +230,19 @@ class _ResidentSteps:
             inputs = _gathered(features, index, partner, numbers[3])
             return replica_step.compute((inputs, tuple(numbers)), seed, told)
 
-        @tf.function(reduce_retracing=True)
+        @tf.function(reduce_retracing=True, jit_compile=compiled)
         def steps(epoch: tuple[Any, ...], first: Any, last: Any, seed: Any, told: Any) -> Any:
             def body(step: Any, results: Any) -> tuple[Any, Any]:
                 row = tuple(array[step] for array in epoch)
                 key = seed + tf.stack([0, step])
                 sums = _summed(strategy, replica_step, strategy.run(replica, args=(row, key, told)))
-                return step + 1, results.write(step - first, sums)
+                return step + 1, results.write(step, sums)
 
-            shape = [replica_step.num_columns]
-            results = tf.TensorArray(tf.float32, size=last - first, element_shape=shape)
-            loop = (first, results)
-            return tf.while_loop(lambda step, _: step < last, body, loop, parallel_iterations=1)[1].stack()
+            # As long as the epoch, whatever part of it is run: XLA knows no lengths that change.
+            shape, num_steps = [replica_step.num_columns], epoch[0].shape[0]
+            loop = (first, tf.TensorArray(tf.float32, size=num_steps, element_shape=shape))
+            done = tf.while_loop(lambda step, _: step < last, body, loop, parallel_iterations=1)
+            return done[1].stack()
 
         self._steps = steps
 
@@ -258,7 +267,7 @@ class _ResidentSteps:
                     tf.constant(last),
                     key,
                     None if told is None else tf.constant(told),
-                ).numpy()
+                ).numpy()[first:last]
             # Workers that took calls of different lengths would wait for one another for ever.
             self._adapt(float(self._workers.gather(np.array([time.monotonic() - started]))[0, 0]))
             first = last

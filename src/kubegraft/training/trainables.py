@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import keras
 import tensorflow as tf
@@ -13,6 +14,9 @@ from kubegraft.errors import ModelError
 if TYPE_CHECKING:
     from kubegraft.modeling.classifier import ClassifierParts, HeadParts
     from kubegraft.modeling.splitting import SplitBackbone
+
+# How many numbers in [0, 1) masks are drawn from: float32 holds no more that are equally far apart.
+_FRACTIONS: Final = 1 << 23
 
 
 class HeadOnFeatures:
@@ -143,8 +147,13 @@ def _dropout(inputs: Any, rate: float, position: Any, seed: Any, batch_size: int
     """
     if not rate:
         return inputs
-    uniform = tf.random.stateless_uniform([batch_size, inputs.shape[-1]], tf.cast(seed, tf.int32))
-    keep = tf.cast(tf.gather(uniform, position) >= rate, inputs.dtype)
+    # Of whole numbers: XLA makes other fractions of the same bits. TensorFlow takes these.
+    bits = tf.random.stateless_uniform(
+        [batch_size, inputs.shape[-1]], tf.cast(seed, tf.int32), None, None, tf.uint32, alg="philox"
+    )
+    fractions = tf.bitwise.bitwise_and(bits, tf.constant(_FRACTIONS - 1, tf.uint32))
+    dropped = tf.constant(math.ceil(rate * _FRACTIONS), tf.uint32)
+    keep = tf.cast(tf.gather(fractions, position) >= dropped, inputs.dtype)
     return inputs * keep / (1 - rate)
 
 
