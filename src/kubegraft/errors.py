@@ -84,10 +84,15 @@ class ExportError(KubegraftError):
 
 
 class StorageError(KubegraftError):
-    """A path or URI could not be read or written."""
+    """A path or URI could not be read or written.
+
+    Attributes:
+        is_missing: Whether the store answered, and has no such object.
+    """
 
     exit_code = 8
     retryable = True
+    is_missing = False
 
 
 class EnvironmentFault(KubegraftError):

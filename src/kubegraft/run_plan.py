@@ -26,6 +26,8 @@ from kubegraft.run_config import RunConfig
 
 # Without decoding nothing is known of their sides; photographs are larger than any backbone's input.
 _ASSUMED_SIDE: Final = 1024
+# An average photograph of ImageNet, for images that are not there to be measured.
+_ASSUMED_IMAGE_BYTES: Final = 110_000
 _FLOAT_BYTES: Final = 4
 
 
@@ -35,11 +37,11 @@ class ImageCounts:
 
     Attributes:
         by_split: Images of each class, by split; in one order of classes.
-        num_bytes: Bytes of all files, or None where they were not looked at.
+        num_bytes: Bytes that ingest will write of them; 0 for a dataset, which is there already.
     """
 
     by_split: Mapping[str, tuple[int, ...]]
-    num_bytes: int | None = None
+    num_bytes: int = 0
 
     def facts(self) -> DatasetFacts:
         """Return what recipes choose from, for images that are larger than any backbone's input."""
@@ -86,13 +88,17 @@ def plan_run(
         if num_images is not None
         else count_images(run_config)
     )
-    return _plan(run_config, counts, output_dir, memory_bytes, disk_bytes)
+    plan = _plan(run_config, counts, output_dir, memory_bytes, disk_bytes)
+    if num_images is not None:
+        size = f"images of {_ASSUMED_IMAGE_BYTES // 1000} kB each"
+        plan["assumed"] = f"{size}, {plan['assumed']}" if plan["assumed"] else size
+    return plan
 
 
 def assumed_counts(num_images: int, num_classes: int, run_config: RunConfig) -> ImageCounts:
     """Return the counts of so many images in so many classes of equal size, split as ingest splits them."""
     sizes = [num_images // num_classes + (label < num_images % num_classes) for label in range(num_classes)]
-    return ImageCounts(_carved(sizes, {}, run_config))
+    return ImageCounts(_carved(sizes, {}, run_config), num_images * _ASSUMED_IMAGE_BYTES)
 
 
 def count_images(run_config: RunConfig) -> ImageCounts:
@@ -176,23 +182,26 @@ def _plan(
         for number in range(1, backbone.num_blocks)
     ]
     cuts = [Cut(each.num_blocks, each.row_bytes, each.shown) for each in boundaries]
+    free_bytes = disk_bytes or free_disk_bytes(output_dir)
+    dim = int(core.output_shape[-1])
+    pooled_bytes = (facts.num_train + facts.num_validation) * dim * _FLOAT_BYTES
+    # What is there by the time that fine-tuning looks: shards, and features both cached and in the stage's directory.
+    written_bytes = counts.num_bytes + 2 * pooled_bytes
     limits = Limits(
-        memory_bytes or usable_memory_bytes(),
-        disk_bytes or free_disk_bytes(output_dir),
-        has_gpu=has_gpu(),
+        memory_bytes or usable_memory_bytes(), max(free_bytes - written_bytes, 0), has_gpu=has_gpu()
     )
     wish = fine_tune_wish(run_config.fine_tune, tuned, facts, backbone.num_blocks)
     plan = plan_activations(wish, cuts, limits)
-    dim = int(core.output_shape[-1])
     return {
         "images": {split: sum(counts.by_split[split]) for split in SPLITS},
         "num_classes": facts.num_classes,
         "image_bytes": counts.num_bytes,
         "memory_bytes": limits.memory_bytes,
-        "free_disk_bytes": limits.free_disk_bytes,
+        "free_disk_bytes": free_bytes,
+        "written_before_fine_tuning_bytes": written_bytes,
         "backbone": backbone.name,
         "input_size": head.input_size,
-        "pooled_features_bytes": (facts.num_train + facts.num_validation) * dim * _FLOAT_BYTES,
+        "pooled_features_bytes": pooled_bytes,
         "fine_tune": {**dataclasses.asdict(plan), "num_epochs": tuned.num_epochs},
         "augmentation": "none" if plan.way == "activations" and plan.num_views == 1 else tuned.augmentation,
         "choices": [dataclasses.asdict(choice) for choice in choices],

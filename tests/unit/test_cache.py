@@ -465,6 +465,32 @@ def test_a_pass_over_more_than_the_budget_does_not_evict_what_it_needs(tmp_path,
     assert "cache: off" in capfd.readouterr().err
 
 
+def test_what_nobody_will_use_again_does_not_take_the_budget(tmp_path, capfd):
+    keep(FeatureCache.open(tmp_path), range(10))
+    (path,) = shards(tmp_path)
+    folder = SpaceFolder(tmp_path, POOLED.digest)
+    left = folder.new_aside()
+    left = left.with_name(
+        left.name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")
+    )  # no process has this number
+    damaged = path.with_name("0123-damaged.damaged")
+    for each in (left, damaged):
+        each.write_bytes(bytes(30_000))
+    cache = FeatureCache.open(tmp_path, 40_000)
+    assert cache.room_bytes() > 30_000
+    assert keep(cache, range(100, 200)).num_kept == 100
+    assert not left.exists()
+    assert not damaged.exists()
+    assert "cache: off" not in capfd.readouterr().err
+
+
+def test_the_table_of_a_shard_is_within_the_budget_too(tmp_path):
+    tiny = replace(POOLED, shape=(1,))  # its table takes ten times as much as its values
+    for start in range(0, 3000, 100):
+        keep(FeatureCache.open(tmp_path, 60_000), range(start, start + 100), tiny)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 60_000
+
+
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory):
     """A file system of 4 MB."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kubegraft.cache import FeatureCache
-from kubegraft.cache.feature_cache import mirror_root
+from kubegraft.cache.location import mirror_root
 from kubegraft.cache.shard_file import PAGE_BYTES
 from kubegraft.cache.shelves import open_shelf
 from kubegraft.cache.upkeep import prune, stats, verify
@@ -116,6 +116,52 @@ def test_an_object_that_goes_while_it_is_needed_is_computed_again(object_store, 
     assert all_keys(object_store) == []
     assert not reader.read(keys_of(range(5)))[1].any()
     assert not FeatureCache.open(object_store.folder).reader(POOLED).lookup(keys_of(range(5))).any()
+
+
+@pytest.mark.parametrize("suffix", [".shard", ".keys"])
+def test_an_object_that_is_gone_says_nothing_of_the_others(object_store, cache_home, suffix):
+    for start in (0, 10, 20):
+        keep(FeatureCache.open(object_store.folder), range(start, start + 10))
+    gone = sorted(name for name in all_keys(object_store) if name.endswith(suffix))[1]
+    another_machine(cache_home)
+    if suffix == ".shard":
+        delete(object_store, gone)
+        reader = FeatureCache.open(object_store.folder).reader(POOLED)
+    else:  # between listing and fetching
+        object_store.proxy.faults += [(404, lambda _, path: gone.rpartition("/")[2] in path)]
+        reader = FeatureCache.open(object_store.folder).reader(POOLED)
+        assert not object_store.proxy.faults
+    found = reader.read(keys_of(range(30)))[1]
+    assert found.tolist() == [True] * 10 + [False] * 10 + [True] * 10
+
+
+def test_pruning_removes_keys_without_a_shard_and_what_is_left_on_this_machine(object_store, cache_home):
+    for start in (0, 10):
+        keep(FeatureCache.open(object_store.folder), range(start, start + 10))
+    delete(object_store, min(name for name in all_keys(object_store) if name.endswith(".shard")))
+    here = shards(mirror_root(object_store.folder))[0].with_name("0123-damaged.damaged")
+    here.write_bytes(b"12345")
+    dry = prune(open_shelf(object_store.folder), dry_run=True)
+    assert dry.leftover_files == 2
+    assert here.exists()
+    assert prune(open_shelf(object_store.folder)).leftover_bytes == dry.leftover_bytes > 5
+    assert not here.exists()
+    names = [name.rpartition("/")[2] for name in all_keys(object_store)]
+    assert sorted(name.partition(".")[2] for name in names) == ["json", "keys", "shard"]
+
+
+def test_what_does_not_fit_on_this_machine_is_not_fetched_for_nothing(object_store, cache_home, capfd):
+    for start in (0, 100, 200):
+        keep(FeatureCache.open(object_store.folder), range(start, start + 100))
+    another_machine(cache_home)
+    size = 100 * (POOLED.value_bytes + 40) + PAGE_BYTES
+    cache = FeatureCache.open(object_store.folder, size + 3 * (PAGE_BYTES + 4000) + 2000)
+    object_store.proxy.requests.clear()
+    reader = cache.reader(POOLED)
+    assert reader.read(keys_of(range(300)))[1].sum() == 100
+    assert not reader.read(keys_of(range(100, 300)))[1].any()
+    assert len(downloads_of(object_store.proxy.requests, ".shard")) == 1
+    assert capfd.readouterr().err.count("cache: not fetched") == 1
 
 
 @pytest.mark.parametrize("suffix", [".shard", ".keys"])

@@ -8,7 +8,14 @@ import pytest
 import tensorflow as tf
 
 from kubegraft.errors import ConfigError
-from kubegraft.modeling.engines import TOLERANCE, FrozenGraph, choice, choose_engine, relative_difference
+from kubegraft.modeling.engines import (
+    TOLERANCE,
+    FrozenGraph,
+    choice,
+    choose_engine,
+    recallable,
+    relative_difference,
+)
 from kubegraft.modeling.engines.litert import LiteRtForward, convert
 from kubegraft.modeling.engines.verdicts import Verdict, Verdicts
 
@@ -101,6 +108,29 @@ def test_what_the_engine_cannot_convert_is_left_to_keras_and_said(tmp_path, capf
     assert engine.name == "keras"
     np.testing.assert_allclose(engine.forward(images), images.mean((1, 2)), rtol=1e-5)
     assert "LiteRT can't run it" in capfd.readouterr().err
+
+
+def test_what_the_engine_finds_it_cannot_run_is_left_to_keras(small, tmp_path, capfd, monkeypatch):
+    forward, images = small
+
+    def fails(self, images):
+        raise RuntimeError("an operation failed to invoke")
+
+    monkeypatch.setattr(LiteRtForward, "forward", fails)
+    assert choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path)).name == "keras"
+    assert "LiteRT can't run it: RuntimeError: an operation failed" in capfd.readouterr().err
+
+
+def test_rows_are_recalled_of_the_engine_that_this_machine_takes(small, tmp_path, monkeypatch):
+    forward, images = small
+    monkeypatch.delenv("KUBEGRAFT_ENGINE", raising=False)
+    verdicts = Verdicts(tmp_path)
+    assert recallable("a graph", verdicts) == ("litert", "keras")
+    taken = choose_engine(forward, lambda: images, 16, identity="a graph", verdicts=verdicts).name
+    assert recallable("a graph", verdicts) == (taken,)
+    assert recallable("another", verdicts) == ("litert", "keras")
+    monkeypatch.setenv("KUBEGRAFT_ENGINE", "keras")
+    assert recallable("a graph", verdicts) == ("keras",)
 
 
 def test_an_engine_that_differs_is_not_used(small, tmp_path, capfd, monkeypatch):

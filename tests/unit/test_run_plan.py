@@ -23,9 +23,19 @@ def test_the_plan_for_a_million_images_keeps_within_the_machine(tmp_path):
     assert plan["memory_bytes"] == 16 * GIB
     assert plan["fine_tune"]["way"] == "activations"
     assert plan["fine_tune"]["num_views"] == 1
-    assert 0 < plan["fine_tune"]["disk_bytes"] <= 100 * GIB
+    # Shards and features are written before, and half of what is left then may be taken.
+    written = plan["written_before_fine_tuning_bytes"]
+    assert written == plan["image_bytes"] + 2 * plan["pooled_features_bytes"] > 100 * GIB
+    assert 0 < plan["fine_tune"]["disk_bytes"] <= (200 * GIB - written) / 2
     assert [row["num_blocks"] for row in plan["cuts"]] == list(range(1, 16))
     assert any(row["fits"] == "no" for row in plan["cuts"])
+
+
+def test_images_that_the_disk_does_not_hold_are_told(tmp_path):
+    arguments = ("--num-images", 1_000_000, "--memory-gib", 16, "--disk-gib", 50)
+    plan = json.loads(dry_run(*arguments, "--json").stdout)
+    assert plan["fine_tune"]["way"] != "activations"
+    assert "more than is free" in dry_run(*arguments).stdout
 
 
 def test_a_folder_is_counted_and_nothing_written(image_folder, tmp_path):

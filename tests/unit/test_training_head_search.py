@@ -1,5 +1,7 @@
 """Which head is preferred, and on what evidence."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,18 @@ def test_no_time_leaves_the_linear_head_and_says_so(tmp_path):
     found, choices = search_head(make_strategy(["CPU:0"]), data, config, PLAN, tmp_path)
     assert found.head == "linear"
     assert "4 more not tried for lack of time" in choices[0].reason
+
+
+def test_a_head_that_time_cuts_short_does_not_take_part(tmp_path):
+    train = rings(40, 0)
+    mean, variance = feature_moments(train.features)
+    data = SearchData(train=train, mean=mean, variance=variance, num_classes=2, class_weights=None)
+    config = HeadConfig(search_seconds=1.5)
+    endless = dataclasses.replace(PLAN, num_epochs=10**6)
+    found, choices = search_head(make_strategy(["CPU:0"]), data, config, endless, tmp_path)
+    assert found.head == "linear"
+    assert "4 more not tried for lack of time" in choices[0].reason
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"solver": "lbfgs"}, {"augmentation": "crop"}], ids=str)

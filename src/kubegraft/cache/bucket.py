@@ -137,13 +137,15 @@ class BucketMirror:
 
     def __init__(self, uri: str, budget: DiskBudget) -> None:
         self._bucket, self._budget = Bucket(uri), budget
-        self._off = False
+        self._sizes: dict[str, int] = {}
+        self._off = self._is_full = False
 
     def pull(self, folder: SpaceFolder) -> None:
         """Make the `.keys` of all shards of a space be here, and of no others."""
         with self._forgiving("listed"):
             objects = self._bucket.objects(folder.digest)
             names = {name.partition("/")[2] for name in objects}
+            self._sizes |= {name.partition("/")[2]: item.size for name, item in objects.items()}
             here = {file.path.name for file in folder.files(SHARD, KEYS)}
             stems = [name.removesuffix(KEYS) for name in names if name.endswith(KEYS)]
             wanted = [f"{stem}{KEYS}" for stem in stems if not {f"{stem}{KEYS}", f"{stem}{SHARD}"} & here]
@@ -158,7 +160,7 @@ class BucketMirror:
 
     def fetch(self, folder: SpaceFolder, stem: str) -> bool:
         """Bring a shard, and return whether it is here."""
-        if self._off:
+        if self._off or not self._has_room(f"{stem}{SHARD}"):
             return False
         with self._forgiving("fetched"):
             aside = folder.path / f"{stem}.{secrets.token_hex(4)}.{os.getpid()}.writing"
@@ -171,6 +173,23 @@ class BucketMirror:
                 aside.unlink(missing_ok=True)
             log_event("cache", "fetched", file=stem)
             return True
+        return False
+
+    def _has_room(self, name: str) -> bool:
+        """Return whether an object fits, before it is brought here for nothing; say so once if one does not."""
+        with contextlib.suppress(OSError):
+            room = self._budget.room_bytes()
+            if self._sizes.get(name, 0) <= room:
+                return True
+            if not self._is_full:
+                self._is_full = True
+                log_event(
+                    "cache",
+                    "not fetched",
+                    reason="what was used in this run takes all that the cache may take on this machine",
+                    room=room,
+                    consequence="what is not on this machine is computed anew",
+                )
         return False
 
     def push(self, folder: SpaceFolder) -> None:
@@ -212,6 +231,9 @@ class BucketMirror:
                 try:
                     retries.call(self._bucket.uri, lambda: store.download(item.key, aside))
                     aside.replace(folder.path / name)
+                except StorageError as error:
+                    if not error.is_missing:  # pruned since it was listed
+                        raise
                 finally:
                     aside.unlink(missing_ok=True)
                 return item.size
@@ -223,6 +245,7 @@ class BucketMirror:
         try:
             yield
         except (StorageError, OSError) as error:
-            self._off = self._off or isinstance(error, StorageError)
+            # One object that somebody pruned says nothing of the others.
+            self._off = self._off or (isinstance(error, StorageError) and not error.is_missing)
             consequence = "what is not on this machine is computed anew, or uploaded by a later run"
             log_event("cache", f"not {verb}", reason=str(error)[:300], consequence=consequence)

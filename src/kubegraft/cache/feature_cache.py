@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from kubegraft.cache.bucket import BucketMirror
 from kubegraft.cache.folder import SpaceFolder
 from kubegraft.cache.keys import Keys, Views, checked, first_of_each
-from kubegraft.cache.location import OFF, cache_home, default_budget, default_location
+from kubegraft.cache.location import OFF, default_budget, default_location, mirror_root
 from kubegraft.cache.reader import FeatureReader
 from kubegraft.cache.space_on_disk import DiskBudget, file_system_time_ns
 from kubegraft.cache.spaces import FeatureSpace
@@ -197,11 +196,6 @@ class FeatureCache:
 
     def _folder(self, space: FeatureSpace) -> SpaceFolder | None:
         return None if self._root is None else SpaceFolder(self._root, space.digest)
-
-
-def mirror_root(uri: str) -> Path:
-    """Return the directory for this machine's part of a cache in a bucket."""
-    return cache_home() / "buckets" / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:20]
 
 
 def _is_there(root: Path) -> bool:

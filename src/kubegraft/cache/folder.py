@@ -120,10 +120,18 @@ class SpaceFolder:
             path.rename(self.path / f"{path.name.partition('.')[0]}{DAMAGED}")
 
     def abandoned(self) -> list[CacheFile]:
-        """Return what killed processes left."""
+        """Return what killed processes left, and marks of shards that were evicted before they were uploaded."""
         old_ns = time.time_ns() - int(_ABANDONED_SECONDS * 1e9)
-        hidden = [file for file in self.files() if file.path.name.startswith(".") and file.used_ns < old_ns]
-        return [*hidden, *(file for file in self.files(WRITING) if _is_abandoned(file))]
+        old = [file for file in self.files() if file.used_ns < old_ns]
+        hidden = [file for file in old if file.path.name.startswith(".")]
+        marks = [
+            file for file in old if file.path.suffix == PENDING and not self.shard_path(file.stem).exists()
+        ]
+        return [*hidden, *marks, *(file for file in self.files(WRITING) if _is_abandoned(file))]
+
+    def leftovers(self) -> list[CacheFile]:
+        """Return what nobody will use again: what killed processes left, and what was found damaged."""
+        return [*self.abandoned(), *self.files(DAMAGED)]
 
     def remove_if_empty(self) -> None:
         """Remove the folder if it holds nothing but its description."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -28,6 +29,11 @@ def cache_home() -> Path:
         return Path.home() / ".cache" / "kubegraft"
     except RuntimeError:  # a container's user may have no home
         return Path(tempfile.gettempdir()) / f"kubegraft-{os.getuid()}"
+
+
+def mirror_root(uri: str) -> Path:
+    """Return the directory for this machine's part of a cache in a bucket."""
+    return cache_home() / "buckets" / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:20]
 
 
 def default_location() -> str:

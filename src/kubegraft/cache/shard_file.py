@@ -218,6 +218,11 @@ class ShardWriter:
         """Bytes of the values so far."""
         return self.num_rows * self._value_bytes
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the table that `finish` will write after the values."""
+        return self.num_rows * ROW_DTYPE.itemsize
+
     def mark_as_used(self) -> None:
         """Hold the kernel's lock, by which others see that the writer lives; without locks its age says so."""
         import fcntl

@@ -22,6 +22,7 @@ from kubegraft.cache.folder import (
     remove,
     space_folders,
 )
+from kubegraft.cache.location import mirror_root
 from kubegraft.cache.shard_file import DamagedShard, OpenShard, verified_parts
 from kubegraft.cache.spaces import FeatureSpace
 from kubegraft.errors import ConfigError, StorageError
@@ -195,9 +196,7 @@ class DirectoryShelf:
 
     def remove_leftovers(self, digest: str, *, dry_run: bool) -> tuple[int, int]:
         """See `Shelf`."""
-        folder = self._folder(digest)
-        files = [*folder.abandoned(), *folder.files(DAMAGED)]
-        removed = [file for file in files if dry_run or remove(file)]
+        removed = [file for file in self._folder(digest).leftovers() if dry_run or remove(file)]
         return len(removed), sum(file.size for file in removed)
 
     def compact(self, digest: str, *, dry_run: bool) -> tuple[int, int]:
@@ -219,7 +218,7 @@ class BucketShelf:
     """A cache in a bucket; see `Shelf`. A shard is old since it was written: a store knows of no use."""
 
     def __init__(self, uri: str) -> None:
-        self._bucket = Bucket(uri)
+        self._bucket, self._here = Bucket(uri), DirectoryShelf(mirror_root(uri))
         self._objects = self._bucket.objects()
 
     def spaces(self) -> list[str]:
@@ -281,8 +280,23 @@ class BucketShelf:
         return []
 
     def remove_leftovers(self, digest: str, *, dry_run: bool) -> tuple[int, int]:
-        """Return nothing: an object is whole, and one without `.keys` is pruned by its age like others."""
-        return 0, 0
+        """See `Shelf`. In the bucket only `.keys` whose shard is gone: nothing else is ever half there.
+
+        A shard without `.keys` may still be uploaded, and is pruned by its age like others. What is left in this
+        machine's part of the cache goes too.
+        """
+        shards = {f"{item.space}/{item.stem}" for item in shards_in(self._objects)}
+        orphans = [
+            name
+            for name in self._objects
+            if name.startswith(f"{digest}/") and name.endswith(KEYS) and name.removesuffix(KEYS) not in shards
+        ]
+        num_bytes = sum(self._objects[name].size for name in orphans)
+        for name in () if dry_run else orphans:
+            self._bucket.delete_object(name)
+            del self._objects[name]
+        num_here, bytes_here = self._here.remove_leftovers(digest, dry_run=dry_run)
+        return len(orphans) + num_here, num_bytes + bytes_here
 
     def compact(self, digest: str, *, dry_run: bool) -> tuple[int, int]:
         """Return nothing: it would move more bytes than it is worth."""

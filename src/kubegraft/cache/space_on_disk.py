@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kubegraft.cache.folder import SHARD, CacheFile, all_files, remove
+from kubegraft.cache.folder import PENDING, SHARD, CacheFile, all_files, remove, space_folders
 from kubegraft.reporting.events import log_event
 
 _DEFAULT_FRACTION: Final = 0.2
@@ -51,17 +51,27 @@ class DiskBudget:
             OSError: If the file system can't be asked.
         """
         excess, old = self._excess()
-        return max(sum(file.size for file in old) - excess, 0)
+        leftovers = [file for folder in space_folders(self.root) for file in folder.leftovers()]
+        return max(sum(file.size for file in (*old, *leftovers)) - excess, 0)
 
-    def make_room(self) -> bool:
+    def make_room(self, num_bytes: int = 0) -> bool:
         """Evict the least recently used shards until the cache is within its budget; return whether it is.
 
-        Unfinished files count, so a writer calls this before it renames its own.
+        Unfinished files count, so a writer calls this before it renames its own. What killed writers left goes first.
+
+        Args:
+            num_bytes: What is yet to be written.
 
         Raises:
             OSError: If the file system can't be asked.
         """
         excess, old = self._excess()
+        if excess + num_bytes > 0:
+            removed = [
+                file for folder in space_folders(self.root) for file in folder.leftovers() if remove(file)
+            ]
+            excess -= sum(file.size for file in removed)
+        excess += num_bytes
         if excess > sum(file.size for file in old):
             return False  # nothing would be gained by evicting some
         evicted = evict_least_recent(old, excess)
@@ -86,6 +96,7 @@ def evict_least_recent(files: list[CacheFile], num_bytes: int) -> list[CacheFile
         if num_bytes <= 0:
             break
         if remove(file) or not file.path.exists():  # by this process or another
+            file.path.with_suffix(PENDING).unlink(missing_ok=True)
             evicted.append(file)
             num_bytes -= file.size
     return evicted

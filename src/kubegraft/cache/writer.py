@@ -206,7 +206,7 @@ class FeatureWriter:
     def _finish(self) -> None:
         assert self._shard is not None and self._folder is not None and self._budget is not None
         shard, final = self._shard, self._folder.final_path(self._shard.aside)
-        if not self._budget.make_room():
+        if not self._budget.make_room(shard.table_bytes):
             self._turn_off("its budget is used up by what is in use")
             return
         self._folder.create(self.space)  # `prune` may have removed the description of an empty folder

@@ -153,6 +153,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
 
     images, tuned = plan["images"], plan["fine_tune"]
     trials = " then ".join(map(str, tuned["trials"]))
+    written = plan["written_before_fine_tuning_bytes"]
+    short = ": more than is free" if written > plan["free_disk_bytes"] else ""
     print_facts(
         [
             ("images", ", ".join(f"{number:,} {split}" for split, number in images.items())),
@@ -164,6 +166,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
             ),
             ("backbone", f"{plan['backbone']} at {plan['input_size']} pixels"),
             ("pooled features", f"{shown_bytes(plan['pooled_features_bytes'])} on disk, for the head"),
+            ("before fine-tuning", f"{shown_bytes(written)} of shards and features are written{short}"),
             ("fine-tuning", f"{tuned['way']}: {tuned['reason']}"),
             (
                 "blocks tried",
@@ -172,6 +175,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
             ("views", f"{tuned['num_views']} of each training image ({plan['augmentation']})"),
             ("epochs", f"at most {tuned['num_epochs']} a trial"),
             ("activations", f"{shown_bytes(tuned['disk_bytes'])} on disk at most"),
+            *([("assumed", plan["assumed"])] if plan["assumed"] else []),
         ]
     )
     click.echo()

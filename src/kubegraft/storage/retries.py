@@ -11,6 +11,7 @@ import threading
 import urllib.error
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -129,7 +130,9 @@ def failure(uri: str, error: BaseException, verb: str = "read") -> StorageError:
     if isinstance(error, PermissionError):
         hint = _HINTS[403]
     reason = redacted(f"{type(error).__name__}: {error}", uri).rstrip(". ")
-    return StorageError(f"`{public_uri(uri)}` could not be {verb}. Received: {reason}. {hint}")
+    failed = StorageError(f"`{public_uri(uri)}` could not be {verb}. Received: {reason}. {hint}")
+    failed.is_missing = http_status(error) == HTTPStatus.NOT_FOUND
+    return failed
 
 
 def redacted(text: str, uri: str = "") -> str:

@@ -26,6 +26,7 @@ from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.distribution import num_local_replicas, workers_of
 from kubegraft.training.row_file import RowFile, is_whole, read_rows
 from kubegraft.training.sources import FixedSource
+from kubegraft.training.starvation import WatchedInput
 from kubegraft.training.workers import Workers
 
 # Images that a replica computes together. Always as many: TensorFlow's last bits depend on the shape of a
@@ -384,9 +385,10 @@ def _on_replicas(
         return
     compute = _compiled(strategy, forward, dtype)
     per_replica = batches.index.shape[1] // num_local_replicas(strategy)
-    for batch in strategy.distribute_datasets_from_function(
+    inputs = strategy.distribute_datasets_from_function(
         lambda _: source.inputs(batches, slice(None), slice(None), per_replica)
-    ):
+    )
+    for batch in WatchedInput().watch(inputs):
         yield compute(batch).numpy()
 
 

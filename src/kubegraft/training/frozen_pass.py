@@ -203,7 +203,7 @@ class FrozenPass:
         alone = workers_of(self.strategy).alone and num_local_replicas(self.strategy) == 1
         if self._engine is not None or not self.cache.enabled or not alone or has_gpu():
             return None
-        for engine in recallable():
+        for engine in recallable(self._identity(images)):
             known = _CachedRows(self, images, engine)
             if not known.are_all_there():
                 continue

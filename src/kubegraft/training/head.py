@@ -221,6 +221,13 @@ class _HeadTraining:
         if transforms:
             trainable = HeadOnBackbone(model_parts, self.config.batch_size)
             sources: tuple[Any, Any] = (self._images("train", transforms), self._images("validation"))
+            self._choose(
+                Choice(
+                    "augmentation_views",
+                    "full graph",
+                    "each epoch draws new variants, which pass the whole backbone; none are cached",
+                )
+            )
         else:
             trainable = HeadOnFeatures(model_parts, self.config.batch_size)
             sources = (train_features, self._features("validation", model_parts))
@@ -262,11 +269,14 @@ class _HeadTraining:
         said = self.workers.share(said)
         weights = self.workers.spread({str(n): each for n, each in enumerate(logits.get_weights())})
         logits.set_weights(list(weights.values()))
-        choice = Choice("weight_decay", said["decay"], "set by the user" if given != AUTO else said["reason"])
+        reason = "set by the user" if given != AUTO else said["reason"]
+        self._choose(Choice("weight_decay", said["decay"], reason))
+        self.config = dataclasses.replace(self.config, weight_decay=said["decay"])
+        return History(**said["history"])
+
+    def _choose(self, choice: Choice) -> None:
         log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
         self.choices = (*self.choices, choice)
-        self.config = dataclasses.replace(self.config, weight_decay=choice.value)
-        return History(**said["history"])
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
         if split not in self.readers:

@@ -89,7 +89,8 @@ def search_head(
     """Return `config` with the head that cross-validation prefers, and the reasons.
 
     The simplest head (linear first, then in the order tried) that is within one standard error of the best is
-    preferred. What has not been tried when `config.search_seconds` are over is left out.
+    preferred. What has not been tried, or not to its end, when `config.search_seconds` are over is left out; the linear
+    head is always tried, on two folds at least.
 
     Args:
         strategy: A `tf.distribute` strategy.
@@ -101,19 +102,22 @@ def search_head(
     Raises:
         Interrupted: If the process was asked to stop.
     """
-    started = time.monotonic()
+    deadline = time.monotonic() + config.search_seconds
     data = _sampled(data, config.seed)
     folds = list(stratified_folds(data.train.labels, config.seed))
-    scores = [_linear_score(data, config, folds)]
+    scores = [_linear_score(data, config, folds, deadline)]
     log_event("head_search", "scored", head="linear", accuracy=scores[0].accuracy, loss=scores[0].loss)
     left_out = 0
     for units, dropout in _candidates(config):
         last = scores[-1].seconds if len(scores) > 1 else 0.0
-        if time.monotonic() - started + last > config.search_seconds:
+        tried = dataclasses.replace(config, head="mlp", hidden_units=units, dropout=dropout)
+        score = None
+        if time.monotonic() + last < deadline:
+            score = _mlp_score(strategy, data, tried, plan, folds, scratch, deadline)
+        if score is None:
             left_out += 1
             continue
-        tried = dataclasses.replace(config, head="mlp", hidden_units=units, dropout=dropout)
-        scores.append(_mlp_score(strategy, data, tried, plan, folds, scratch))
+        scores.append(score)
         log_event("head_search", "scored", head=scores[-1].name, accuracy=scores[-1].accuracy)
     winner = preferred(scores)
     reason = _reason(scores, winner, len(folds), left_out)
@@ -173,7 +177,10 @@ def _candidates(config: HeadConfig) -> list[tuple[tuple[int, ...], float]]:
 
 
 def _linear_score(
-    data: SearchData, config: HeadConfig, folds: Sequence[tuple[np.ndarray, np.ndarray]]
+    data: SearchData,
+    config: HeadConfig,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    deadline: float,
 ) -> Score:
     started = time.monotonic()
     problems = [
@@ -188,7 +195,7 @@ def _linear_score(
         )
         for inside, outside in folds
     ]
-    accuracies, loss = cross_validated_path(problems, DECAYS)
+    accuracies, loss = cross_validated_path(problems, DECAYS, deadline)
     return Score(head="linear", accuracies=tuple(accuracies), loss=loss, seconds=time.monotonic() - started)
 
 
@@ -199,26 +206,29 @@ def _mlp_score(
     plan: LoopConfig,
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
     scratch: Path,
-) -> Score:
+    deadline: float,
+) -> Score | None:
+    """Return what a head is worth, or None if the time was over before all its folds had all their epochs."""
     started = time.monotonic()
     # All epochs, and the last one counts: an epoch that the held-out fold had chosen would flatter this head.
-    plan = dataclasses.replace(
-        plan,
-        phase="head_search",
-        patience=plan.num_epochs + 1,
-        time_budget_seconds=config.search_seconds,
-    )
+    plan = dataclasses.replace(plan, phase="head_search", patience=plan.num_epochs + 1)
     checkpoint = scratch / "search.ckpt"
     results = []
     for inside, outside in folds:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        plan = dataclasses.replace(plan, time_budget_seconds=left)
         with strategy.scope():
             layers = build_head(data.train.features.shape[1], data.num_classes, config)
             trainable = HeadOnFeatures(HeadParts(layers), plan.batch_size)
         checkpoint.unlink(missing_ok=True)
         sources = (_part(data, inside), _part(data, outside))
         history = train(strategy, trainable, sources, plan, checkpoint)
-        results.append(history.epochs[-1] if history.epochs else history.start)
-    checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
+        if plan.time_budget_seconds <= history.epochs[-1]["seconds"]:
+            return None
+        results.append(history.epochs[-1])
     return Score(
         head="mlp",
         hidden_units=tuple(config.hidden_units),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _PATH_TOLERANCE: Final = 1e-4
 _PATIENCE: Final = 3
 _CLEARLY_WORSE: Final = 1.1
 _CHUNK_ROWS: Final = 8192
+# Fewer have no spread to judge a difference by.
+_FEWEST_FOLDS: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,17 +171,20 @@ def measure(problem: LinearProblem, kernel: np.ndarray, bias: np.ndarray) -> tup
 
 
 def cross_validated_path(
-    problems: Sequence[LinearProblem], decays: Sequence[float] = DECAYS
+    problems: Sequence[LinearProblem], decays: Sequence[float] = DECAYS, deadline: float = math.inf
 ) -> tuple[list[float], float]:
     """Return what the best decay is worth in cross-validation: accuracy on each fold, and mean loss.
 
     Args:
         problems: One for each fold; the held-out examples are its validation.
         decays: Factors to try, from strong to weak.
+        deadline: On the monotonic clock, in seconds: after it no third or later fold is begun.
     """
-    paths = []
+    paths: list[list[tuple[float, float]]] = []
     with stopping_gracefully():
         for problem in problems:
+            if len(paths) >= _FEWEST_FOLDS and time.monotonic() > deadline:
+                break
             regression = _regression(problem)
             start: np.ndarray | None = None
             path: list[tuple[float, float]] = []

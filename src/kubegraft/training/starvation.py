@@ -55,7 +55,7 @@ class WatchedInput:
             "input",
             "starves the device",
             waited=round(self.waited_share, 3),
-            reason="of an epoch's time the device waited so much for images to be read, decoded and varied",
+            reason="of a pass's time the device waited so much for images to be read, decoded and varied",
             advice="give the process more processors, store images nearer or smaller, or leave `augmentation` "
             "to the recipe, which trains from kept activations",
         )

@@ -110,7 +110,8 @@ def make_steps(
     """Return steps over a split, by the fastest way there is for it; `compiled` by XLA if that way can be."""
     if isinstance(source, FeatureSource) and source.features.nbytes <= RESIDENT_BYTES:
         return _ResidentSteps(strategy, source, batch_size, replica_step, compiled=compiled)
-    if isinstance(source, RowSource) and num_local_replicas(strategy) == 1:
+    # A GPU computes while the stream makes the next batch ready; on a CPU both would want the same processors.
+    if isinstance(source, RowSource) and num_local_replicas(strategy) == 1 and not has_gpu():
         return _RowSteps(strategy, source, batch_size, replica_step)
     return _StreamedSteps(strategy, source, batch_size, replica_step)
 

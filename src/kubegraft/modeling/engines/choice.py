@@ -78,14 +78,23 @@ def choose_engine(
     return _tried(graph, images(), wanted, verdicts, row_length)
 
 
-def recallable() -> tuple[str, ...]:
+def recallable(identity: str, verdicts: Verdicts | None = None) -> tuple[str, ...]:
     """Return the names of the engines whose rows may be taken from where they were kept, the preferred one first.
+
+    Where it is known which one this machine takes, only that: rows of one run come from one engine, whoever
+    filled the cache.
+
+    Args:
+        identity: As in `choose_engine`.
+        verdicts: As in `choose_engine`.
 
     Raises:
         ConfigError: If `$KUBEGRAFT_ENGINE` names none.
     """
     wanted = _checked(os.environ.get(ENGINE_VARIABLE) or "auto")
-    return ENGINES[1:] if wanted == "auto" else (wanted,)
+    if wanted == "auto":
+        wanted = (verdicts or Verdicts()).engine(_key(identity))
+    return (wanted,) if wanted else ENGINES[1:]
 
 
 def _checked(engine: str) -> str:
@@ -98,7 +107,7 @@ def _checked(engine: str) -> str:
 
 
 def _known(graph: FrozenGraph, verdicts: Verdicts) -> FrozenForward | None:
-    found = verdicts.find(_key(graph))
+    found = verdicts.find(_key(graph.digest))
     if found is None:
         return None
     verdict, flatbuffer = found
@@ -118,21 +127,23 @@ def _tried(
     try:
         flatbuffer = convert(graph)
         litert = LiteRtForward(flatbuffer, graph.input_size)
-    # A converter raises anything for a graph it does not know. Being without it costs speed, never a result.
+        rows = litert.forward(images)
+    # A converter raises anything for a graph it does not know, and an interpreter for an operation that it finds it
+    # can't run. Being without them costs speed, never a result.
     except Exception as error:
         reason = (
             f"LiteRT can't run it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         )
         if not isinstance(error, (OSError, MemoryError)):
-            verdicts.keep(_key(graph), Verdict("keras", reason))
+            verdicts.keep(_key(graph.digest), Verdict("keras", reason))
         return _keras(graph, reason)
     keras = KerasForward(graph)
-    rows, expected = litert.forward(images), keras.forward(images)
+    expected = keras.forward(images)
     whole = rows.shape[1] if row_length is None else row_length
     difference = max(map(relative_difference, np.split(rows, [whole], 1), np.split(expected, [whole], 1)))
     if not difference <= TOLERANCE:
         reason = f"LiteRT differs from Keras by {difference:.1e}, more than {TOLERANCE:.0e}"
-        verdicts.keep(_key(graph), Verdict("keras", reason))
+        verdicts.keep(_key(graph.digest), Verdict("keras", reason))
         return _keras(graph, reason)
     if wanted == "litert":
         log_event("engine", "litert", reason="asked for", difference=difference, workers=litert.num_workers)
@@ -140,9 +151,9 @@ def _tried(
     ratio = _ratio(litert, keras, images)
     found = f"{ratio:.1f} times as fast as Keras in a trial"
     if ratio < _LEAST_RATIO:
-        verdicts.keep(_key(graph), Verdict("keras", f"LiteRT is {found}"))
+        verdicts.keep(_key(graph.digest), Verdict("keras", f"LiteRT is {found}"))
         return _keras(graph, f"LiteRT is {found}")
-    verdicts.keep(_key(graph), Verdict("litert", found), flatbuffer)
+    verdicts.keep(_key(graph.digest), Verdict("litert", found), flatbuffer)
     log_event("engine", "litert", reason=found, difference=difference, workers=litert.num_workers)
     return litert
 
@@ -173,5 +184,5 @@ def _ratio(litert: FrozenForward, keras: FrozenForward, images: np.ndarray) -> f
     return seconds[id(keras)] / seconds[id(litert)]
 
 
-def _key(graph: FrozenGraph) -> str:
-    return f"{graph.digest}-{tf.__version__}"
+def _key(digest: str) -> str:
+    return f"{digest}-{tf.__version__}"

@@ -44,6 +44,12 @@ class Verdicts:
         """Take a directory, by default this user's."""
         self._directory = directory or cache_home() / "engines"
 
+    def engine(self, key: str) -> str:
+        """Return the engine that was found best for a graph, or "" where nothing is known."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Verdict(**json.loads(self._verdict_path(key).read_text())).engine
+        return ""
+
     def find(self, key: str) -> tuple[Verdict, bytes] | None:
         """Return what was found for a graph, with its flatbuffer (b"" for `keras`), or None."""
         with contextlib.suppress(OSError, ValueError, TypeError):
