@@ -17,7 +17,7 @@ DOCKER_FLAGS ?=
 CHECKOV := $(VENV)-checkov
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run benchmark test test-manifests e2e lint format compile generate check-generated requirements images images-push clean
+.PHONY: help setup run benchmark test storm test-manifests e2e lint format compile generate check-generated requirements images images-push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,9 @@ benchmark: $(READY)  ## compare with plain Keras and scikit-learn on idle cores,
 # it. Files in their own order: else those with few tests, which are the slow ones, would come last, one at a time.
 test: $(READY)  ## run all tests that need no network, Docker or GPU
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
+
+storm: $(READY)  ## eight processes on one feature cache, killed at random for two minutes
+	@KUBEGRAFT_STORM_SECONDS=120 $(BIN)/python -m pytest tests/unit/test_cache_storm.py -s $(ARGS)
 
 test-manifests: $(READY) $(CHECKOV)/.ready  ## check manifests/ with kustomize, schemas and checkov
 	@KUBEGRAFT_REQUIRE=kustomize,checkov PATH="$(abspath $(CHECKOV))/bin:$$PATH" $(BIN)/python -m pytest tests/manifests $(ARGS)

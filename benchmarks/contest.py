@@ -150,12 +150,15 @@ def with_needed(names: Sequence[str]) -> list[str]:
 
 def compete(name: str, plan: Plan) -> dict[str, Any]:
     """Run one contestant, and return its record."""
-    own_cache = plan.work / f"cache-{name}" if name in NOT_BY_DEFAULT else plan.cache
+    # What others left, engines too, would make these warm.
+    apart = name in NOT_BY_DEFAULT
+    own_cache = plan.work / f"cache-{name}" if apart else plan.cache
+    home = plan.work / (f"home-{name}" if apart else "home")
     try:
         commands = CONTESTANTS[name](plan)
     except StopIteration:
         return record_of(name, plan.seed, Seen(exit_code=-1, tail="kubegraft-cold left no dataset"), [])
-    seen = watch(commands, variables(own_cache, plan.work / "home"))
+    seen = watch(commands, variables(own_cache, home))
     written = [plan.directory(name), *([own_cache] if name.startswith("kubegraft") else [])]
     return record_of(name, plan.seed, seen, written)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arithmetic import FIXED, comparisons, fixed_marks, noise, overview
+from .arithmetic import FIXED, comparisons, fixed_marks, mean, noise, overview
 from .contest import CONTESTANTS, MEANINGS, NOT_BY_DEFAULT
 
 BEGIN = "<!-- begin: written by `make benchmark` -->"
@@ -184,8 +184,14 @@ def _bare(results: Mapping[str, Any]) -> str:
     if bare.get("failed"):
         return f"Failed: {bare['failed'].splitlines()[0]}"
     num_frozen, num_train = plan["counts"]["train"] + plan["counts"]["validation"], plan["counts"]["train"]
+    stage, epoch = _ours(results["records"])
     rows = [
-        [f"frozen pass, {engine}", f"{rate:,.1f} images/s", _seconds(num_frozen / rate)]
+        [
+            f"frozen pass, {engine}",
+            f"{rate:,.1f} images/s",
+            _seconds(num_frozen / rate),
+            _times(stage, num_frozen / rate),
+        ]
         for engine, rate in bare["images_per_second"].items()
     ]
     rows += [
@@ -194,36 +200,38 @@ def _bare(results: Mapping[str, Any]) -> str:
             f"{dtype}",
             f"{1 / each:,.1f} images/s",
             _seconds(num_train * each),
+            _times(epoch, num_train * each),
         ]
         for dtype, each in bare["suffix_seconds_per_image"].items()
     ]
-    rows += [[name, "", _seconds(seconds)] for name, seconds in _ours(results["records"]).items()]
-    text = table(["", "rate", f"{num_frozen:,} images, or an epoch of {num_train:,}"], rows)
+    if stage:
+        whole = "kubegraft-cold: stage `train_head` whole, loading and decoding included"
+        rows.append([whole, "", _seconds(stage), ""])
+    if epoch:
+        rows.append(["kubegraft-cold: an epoch of `fine_tune`, validation included", "", _seconds(epoch), ""])
+    header = ["", "rate", f"{num_frozen:,} images, or an epoch of {num_train:,}", "kubegraft takes"]
+    text = table(header, rows)
     engines = (bare.get("engines") or "").strip()
     if failed := bare.get("engines_failed"):
         return f"{text}\n\nThe rates of the whole frozen pass are missing: {failed}"
     return text + (f"\n\n```text\n{engines}\n```" if engines else "")
 
 
-def _ours(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _times(seconds: float | None, limit: float) -> str:
+    return f"{seconds / limit:.1f} times as long" if seconds else "-"
+
+
+def _ours(records: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
     """Return what kubegraft took where the limits hold: its stage with the frozen pass, and an epoch of fine-tuning."""
-    found = {}
     cold = [each for each in records if each["contestant"] == "kubegraft-cold" and not each["failed"]]
-    if heads := [
-        each["stage_seconds"]["train_head"] for each in cold if "train_head" in each["stage_seconds"]
-    ]:
-        found["kubegraft-cold: stage `train_head` whole, loading and decoding included"] = sum(heads) / len(
-            heads
-        )
+    stages = [each["stage_seconds"].get("train_head") for each in cold]
     epochs = [
         event["phase_seconds"] / (event["epoch"] + 1)
         for each in cold
         for event in each["events"][-2:]
         if event["stage"] == "fine_tune" and "phase_seconds" in event and "epoch" in event
     ]
-    if epochs:
-        found["kubegraft-cold: an epoch of `fine_tune`, validation included"] = epochs[-1]
-    return found
+    return mean(stages), mean(epochs)
 
 
 def _large(rows: Sequence[Mapping[str, Any]]) -> str:

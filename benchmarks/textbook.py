@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from kubegraft.modeling.backbones import get_backbone
+from kubegraft.training.distribution import precision_policy
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("data", type=Path)
@@ -28,27 +29,27 @@ parser.add_argument("--head-epochs", type=int, default=30, help="at most; ends w
 parser.add_argument("--tune-epochs", type=int, default=6)
 parser.add_argument("--cache", action="store_true", help="keep decoded images in memory")
 parser.add_argument("--seed", type=int, default=0)
-BATCH = 32
+BATCH = 32  # on each device
 HEAD_RATE, TUNE_RATE = 1e-3, 1e-4
 ALL_RATE = 1e-5  # of Keras's guide, which unfreezes the whole backbone
 # Epochs without a better one after which the head is taken to be done.
 PATIENCE = 3
 
 
-def load(folder: Path, options: argparse.Namespace, *, shuffle: bool):
+def load(folder: Path, options: argparse.Namespace, batch_size: int, *, shuffle: bool):
     """Return the images and labels of a split, decoded and resized, in batches."""
     size = (options.input_size, options.input_size)
     arguments = {"image_size": size, "label_mode": "int", "shuffle": shuffle, "seed": options.seed}
     if not options.cache:
         images = keras.utils.image_dataset_from_directory(
-            folder, batch_size=BATCH, verbose=False, **arguments
+            folder, batch_size=batch_size, verbose=False, **arguments
         )
         return images.prefetch(tf.data.AUTOTUNE)
     images = keras.utils.image_dataset_from_directory(folder, batch_size=None, verbose=False, **arguments)
     images = images.cache()
     if shuffle:
         images = images.shuffle(2000, seed=options.seed)
-    return images.batch(BATCH).prefetch(tf.data.AUTOTUNE)
+    return images.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
 class Log(keras.callbacks.Callback):
@@ -114,8 +115,18 @@ def schedule(epochs: int, num_steps: int):
 def main() -> None:
     options = parser.parse_args()
     keras.utils.set_random_seed(options.seed)
+    # On GPUs what Keras's guides say of them: all of them, and mixed precision where they compute it.
+    keras.config.set_dtype_policy(precision_policy("auto"))
+    gpus = tf.config.list_logical_devices("GPU")
+    strategy = tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+    with strategy.scope():
+        train(options, BATCH * max(len(gpus), 1))
+
+
+def train(options: argparse.Namespace, batch_size: int) -> None:
+    """Train both phases, and print what came out."""
     splits = {
-        path.name: load(path, options, shuffle=path.name == "train")
+        path.name: load(path, options, batch_size, shuffle=path.name == "train")
         for path in sorted(options.data.iterdir())
     }
     num_classes = sum(1 for path in (options.data / "train").iterdir() if path.is_dir())
@@ -128,13 +139,14 @@ def main() -> None:
     x = keras.layers.GlobalAveragePooling2D()(core(pixels, training=False))
     x = keras.layers.BatchNormalization()(x)
     x = keras.layers.Dropout(0.2)(x)
-    model = keras.Model(pixels, keras.layers.Dense(num_classes, activation="softmax")(x))
+    answer = keras.layers.Dense(num_classes, activation="softmax", dtype="float32")
+    model = keras.Model(pixels, answer(x))
 
     adam = keras.optimizers.Adam(HEAD_RATE)
     phases = {"head": fit(model, splits, options.head_epochs, adam, "train_head", PATIENCE)}
     if options.tune_epochs:
         unfreeze(core, backbone, options.num_blocks)
-        num_steps = -(-num_images["train"] // BATCH)
+        num_steps = -(-num_images["train"] // batch_size)
         epochs = options.tune_epochs
         rate = schedule(epochs, num_steps) if options.num_blocks >= 0 else ALL_RATE
         optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01)

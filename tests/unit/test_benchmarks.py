@@ -193,7 +193,7 @@ def test_limits_and_throughput_are_shown():
         "peak_memory_bytes": 2**30,
     }
     text = render(results([textbook(), ours()], bare=bare, large=[row]))
-    assert "| frozen pass, litert | 100.0 images/s | 9.0 s |" in text
+    assert "| frozen pass, litert | 100.0 images/s | 9.0 s | 0.8 times as long |" in text
     assert "7.0 s" in text
     assert "10.0 images/s" in text
 

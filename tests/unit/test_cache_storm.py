@@ -1,6 +1,6 @@
 """Many processes on one feature cache, killed at random.
 
-`KUBEGRAFT_STORM_SECONDS=120 pytest tests/unit/test_cache_storm.py -s` is the long form.
+`make storm` is the long form.
 """
 
 import json

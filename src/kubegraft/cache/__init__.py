@@ -3,7 +3,7 @@
 The training stages call `FeatureCache`, and the command line calls `upkeep`; the modules below are:
 
     spaces      FeatureSpace: what besides the image decides a value
-    keys        images as keys, and the seeds of their cached views
+    keys        images as keys, and which of them are the same
     shard_file  one immutable file of values: its layout, how it is written and read
     index       which key is in which row, in numpy arrays
     folder      the files of one space: their names, their last use, what was left by killed writers
