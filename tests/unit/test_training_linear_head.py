@@ -6,6 +6,7 @@ import pytest
 from kubegraft.errors import Interrupted
 from kubegraft.training import linear_head
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
+from kubegraft.training.softmax_regression import SoftmaxRegression
 from kubegraft.training.sources import FeatureSource
 from kubegraft.training.standardisation import feature_moments
 
@@ -63,6 +64,32 @@ def test_a_time_budget_ends_the_path_with_what_there_is():
     fit = fit_linear_head(problem(), time_budget_seconds=1e-9)
     assert len(fit.path) == 1
     assert "time budget" in fit.stopped
+
+
+def test_an_interrupted_path_goes_on_where_it_was(tmp_path, monkeypatch):
+    undisturbed = fit_linear_head(problem())
+    monkeypatch.setattr(linear_head, "_SAVE_SECONDS", 0.0)
+    solved, solve = [], SoftmaxRegression.solve
+
+    def stops(self, decay, *rest):
+        solved.append(decay)
+        if len(solved) == 4:
+            raise Interrupted("now")
+        return solve(self, decay, *rest)
+
+    monkeypatch.setattr(SoftmaxRegression, "solve", stops)
+    with pytest.raises(Interrupted, match="now"):
+        fit_linear_head(problem(), directory=tmp_path / "solved")
+    fit = fit_linear_head(problem(), directory=tmp_path / "solved")
+    assert solved[:4] == list(DECAYS[:4])
+    assert solved[4] == DECAYS[3]
+    assert [point.rank for point in fit.path] == [point.rank for point in undisturbed.path]
+    np.testing.assert_array_equal(fit.chosen.solution.kernel, undisturbed.chosen.solution.kernel)
+
+
+def test_a_path_of_less_than_a_second_writes_nothing(tmp_path):
+    fit_linear_head(problem(), directory=tmp_path / "solved")
+    assert not (tmp_path / "solved").exists()
 
 
 def test_a_stop_signal_ends_the_work_at_once(monkeypatch):

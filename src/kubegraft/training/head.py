@@ -262,6 +262,7 @@ class _HeadTraining:
                 problem,
                 decays=DECAYS if given == AUTO else (given,),
                 time_budget_seconds=self.config.time_budget_seconds,
+                directory=self.workspace.scratch / "solved",
             )
             history, solution = history_of(fit, measure(problem, *logits.get_weights())), fit.chosen.solution
             logits.set_weights([solution.kernel.astype(np.float32), solution.bias.astype(np.float32)])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from kubegraft.errors import Interrupted
 from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
+from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 from kubegraft.training.softmax_regression import SoftmaxRegression, Solution, loss_and_correct
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ _PATH_TOLERANCE: Final = 1e-4
 _PATIENCE: Final = 3
 _CLEARLY_WORSE: Final = 1.1
 _CHUNK_ROWS: Final = 8192
+# Nothing is written for a path that is solved in less.
+_SAVE_SECONDS: Final = 1.0
 # Fewer have no spread to judge a difference by.
 _FEWEST_FOLDS: Final = 2
 
@@ -101,29 +105,40 @@ class LinearFit:
 
 
 def fit_linear_head(
-    problem: LinearProblem, *, decays: Sequence[float] = DECAYS, time_budget_seconds: float = 0.0
+    problem: LinearProblem,
+    *,
+    decays: Sequence[float] = DECAYS,
+    time_budget_seconds: float = 0.0,
+    directory: Path | None = None,
 ) -> LinearFit:
     """Return the logistic regression whose weight decay is best on validation, at its optimum.
 
-    The same input gives the same bits on one machine, unless the time budget ends the path.
+    The same input gives the same bits on one machine, interrupted or not, unless the time budget ends the path.
 
     Args:
         problem: Features, labels, and how examples count.
         decays: Factors of half the squared kernel to try, from strong to weak; each starts from the one before.
         time_budget_seconds: No further decay is tried after this time; 0 for no limit.
+        directory: Keeps what is solved, for an interrupted call to go on from; None to keep nothing.
 
     Raises:
         TrainingError: If a feature is not a finite number.
-        Interrupted: If the process was asked to stop. Nothing is kept: the work is a matter of seconds.
+        Interrupted: If the process was asked to stop; decays that took a second or more are kept.
     """
-    started = time.monotonic()
+    kept = _Kept(directory)
     with stopping_gracefully():
+        started = time.monotonic()
         regression = _regression(problem)
         path: list[PathPoint] = []
         stopped = "all decays tried"
-        for decay in decays:
+        for number, decay in enumerate(decays):
             start = path[-1].solution.coefficients if path else None
-            point = _measured(problem, regression.solve(decay, start, _PATH_TOLERANCE), started)
+            point = kept.find(number)
+            if point is None:
+                point = _measured(problem, regression.solve(decay, start, _PATH_TOLERANCE), started)
+                kept.keep(number, point)
+            else:
+                started = time.monotonic() - point.seconds
             path.append(point)
             log_event("train_head", "decay", **shown(point))
             if metrics.wanted():
@@ -136,6 +151,46 @@ def fit_linear_head(
         best = max(range(len(path)), key=lambda index: (path[index].rank, -index))
         path[best] = _polished(problem, regression, path[best].solution, started)
     return LinearFit(path=path, best=best, stopped=stopped)
+
+
+class _Kept:
+    """Points of a path in a directory, a file each; those that took less than a second are quicker solved again."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._waiting: dict[int, PathPoint] = {}
+        self._saved = time.monotonic()
+
+    def find(self, number: int) -> PathPoint | None:
+        found = load_checkpoint(self._path(number)) if self._directory else None
+        if found is None:
+            return None
+        values: dict[str, Any] = {**found[0], **found[1]}
+        solution = Solution(**{each.name: values.pop(each.name) for each in fields(Solution)})
+        return PathPoint(solution=solution, **values)
+
+    def keep(self, number: int, point: PathPoint) -> None:
+        self._waiting[number] = point
+        if self._directory is None or time.monotonic() - self._saved < _SAVE_SECONDS:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for each, waiting in self._waiting.items():
+            values = {**_values(waiting), **_values(waiting.solution)}
+            del values["solution"]
+            arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+            numbers = {name: np.asarray(value).item() for name, value in values.items() if name not in arrays}
+            save_checkpoint(self._path(each), arrays, numbers)
+        self._waiting.clear()
+        self._saved = time.monotonic()
+
+    def _path(self, number: int) -> Path:
+        assert self._directory is not None
+        return self._directory / f"decay-{number}.ckpt"
+
+
+def _values(record: PathPoint | Solution) -> dict[str, Any]:
+    """Return the fields of a record as they are: `asdict` would copy every array."""
+    return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 def _polished(

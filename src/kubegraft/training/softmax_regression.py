@@ -164,10 +164,11 @@ class SoftmaxRegression:
         rank, classes = self._axes.shape[1], self._classes
         first = np.zeros((rank + 1, classes)) if start is None else start
         with blas_threads(self._num_threads):
+            # Before anything else: what came before must not decide on the bits.
+            self._use(np.float32 if tolerance >= _COARSE_TOLERANCE else self._finest)
             share = self._share_of_curvature(first)
             scales = np.full((rank + 1, 1), 1 / np.sqrt(share))
             scales[:-1, 0] = 1 / np.sqrt(share * self._curvature + decay)
-            self._use(np.float32 if tolerance >= _COARSE_TOLERANCE else self._finest)
 
             def scaled(vector: np.ndarray) -> tuple[float, np.ndarray]:
                 self._check()
