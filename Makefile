@@ -42,8 +42,9 @@ benchmark: $(READY)  ## compare with plain Keras and scikit-learn on idle cores,
 
 # Without --max-worker-restart 0 pytest-xdist would wait for ever after a crash of a worker, which takes its files with
 # it. Files in their own order: else those with few tests, which are the slow ones, would come last, one at a time.
+# Huge pages as in the images: TensorFlow's processes are young, and fresh memory is what takes them longest.
 test: $(READY)  ## run all tests that need no network, Docker or GPU
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
+	@GLIBC_TUNABLES="$${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}" $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 storm: $(READY)  ## eight processes on one feature cache, killed at random for two minutes
 	@KUBEGRAFT_STORM_SECONDS=120 $(BIN)/python -m pytest tests/unit/test_cache_storm.py -s $(ARGS)
