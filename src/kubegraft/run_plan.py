@@ -185,8 +185,8 @@ def _plan(
     free_bytes = disk_bytes or free_disk_bytes(output_dir)
     dim = int(core.output_shape[-1])
     pooled_bytes = (facts.num_train + facts.num_validation) * dim * _FLOAT_BYTES
-    # What is there by the time that fine-tuning looks: shards, and features both cached and in the stage's directory.
-    written_bytes = counts.num_bytes + 2 * pooled_bytes
+    # What is there by the time that fine-tuning looks: shards, and features in the cache, if that is on this disk.
+    written_bytes = counts.num_bytes + pooled_bytes
     limits = Limits(
         memory_bytes or usable_memory_bytes(), max(free_bytes - written_bytes, 0), has_gpu=has_gpu()
     )

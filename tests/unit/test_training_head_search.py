@@ -98,7 +98,7 @@ def test_no_time_leaves_the_linear_head_and_says_so(tmp_path):
     config = HeadConfig(search_seconds=1e-6)
     found, choices = search_head(make_strategy(["CPU:0"]), data, config, PLAN, tmp_path)
     assert found.head == "linear"
-    assert "4 more not tried for lack of time" in choices[0].reason
+    assert "4 more not tried to the end for lack of time" in choices[0].reason
 
 
 def test_a_head_that_time_cuts_short_does_not_take_part(tmp_path):
@@ -109,7 +109,7 @@ def test_a_head_that_time_cuts_short_does_not_take_part(tmp_path):
     endless = dataclasses.replace(PLAN, num_epochs=10**6)
     found, choices = search_head(make_strategy(["CPU:0"]), data, config, endless, tmp_path)
     assert found.head == "linear"
-    assert "4 more not tried for lack of time" in choices[0].reason
+    assert "4 more not tried to the end for lack of time" in choices[0].reason
     assert not list(tmp_path.iterdir())
 
 

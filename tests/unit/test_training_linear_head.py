@@ -79,17 +79,34 @@ def test_an_interrupted_path_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SoftmaxRegression, "solve", stops)
     with pytest.raises(Interrupted, match="now"):
-        fit_linear_head(problem(), directory=tmp_path / "solved")
-    fit = fit_linear_head(problem(), directory=tmp_path / "solved")
+        fit_linear_head(problem(), directory=tmp_path)
+    fit = fit_linear_head(problem(), directory=tmp_path)
     assert solved[:4] == list(DECAYS[:4])
     assert solved[4] == DECAYS[3]
     assert [point.rank for point in fit.path] == [point.rank for point in undisturbed.path]
     np.testing.assert_array_equal(fit.chosen.solution.kernel, undisturbed.chosen.solution.kernel)
 
 
-def test_a_path_of_less_than_a_second_writes_nothing(tmp_path):
-    fit_linear_head(problem(), directory=tmp_path / "solved")
-    assert not (tmp_path / "solved").exists()
+def test_a_path_of_less_than_a_second_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_head, "_SAVE_SECONDS", 1000.0)
+    fit_linear_head(problem(), directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_solved_on_other_features_or_is_damaged_is_solved_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(linear_head, "_SAVE_SECONDS", 0.0)
+    other = problem(train=split(60, 7))
+    fit_linear_head(other, directory=tmp_path)
+    before = set(tmp_path.iterdir())
+    expected = fit_linear_head(problem())
+    fit = fit_linear_head(problem(), directory=tmp_path)
+    np.testing.assert_array_equal(fit.chosen.solution.kernel, expected.chosen.solution.kernel)
+    for path in set(tmp_path.iterdir()) - before:
+        path.write_bytes(b"half of it")
+    fit = fit_linear_head(problem(), directory=tmp_path)
+    np.testing.assert_array_equal(fit.chosen.solution.kernel, expected.chosen.solution.kernel)
+    fit_linear_head(problem(), directory=tmp_path / "nowhere")
+    assert "train_head: not kept" in capfd.readouterr().err
 
 
 def test_a_stop_signal_ends_the_work_at_once(monkeypatch):

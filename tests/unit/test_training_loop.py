@@ -16,7 +16,7 @@ from kubegraft.training.distribution import divisible_batch_size, make_strategy
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.sources import FeatureSource
 from kubegraft.training.starvation import WatchedInput
-from kubegraft.training.trainables import HeadOnFeatures
+from kubegraft.training.trainables import HeadOnFeatures, first_kept
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES, BATCH_SIZE = 43, 12, 3, 16
 
@@ -130,9 +130,9 @@ def test_steps_that_xla_compiles_train_alike(tmp_path, monkeypatch, compiled, pl
     history, weights = run(tmp_path / "xla", plain=plain)
     assert any(options.get("jit_compile") for options in compiled)
     for one, other in zip(history.epochs, usual.epochs, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
     for one, other in zip(weights, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -160,6 +160,13 @@ def test_dropout_keeps_as_many_as_it_says_and_does_not_move_the_mean(length):
     np.testing.assert_array_equal(rows == 0, usual)
     few = head.train_logits(tf.ones((3, length)), position[7:10], seed).numpy()
     np.testing.assert_array_equal(few, rows[7:10])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.65, 0.9])
+def test_a_mask_keeps_what_a_comparison_of_fractions_would(rate):
+    first = first_kept(rate)
+    fractions = np.array([first - 1, first], np.float32) / np.float32(2**23)
+    assert (fractions >= np.float32(rate)).tolist() == [False, True]
 
 
 def test_a_device_that_waits_for_its_input_is_told_once(capfd):

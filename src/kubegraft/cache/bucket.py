@@ -138,6 +138,7 @@ class BucketMirror:
     def __init__(self, uri: str, budget: DiskBudget) -> None:
         self._bucket, self._budget = Bucket(uri), budget
         self._sizes: dict[str, int] = {}
+        self._room = 0
         self._off = self._is_full = False
 
     def pull(self, folder: SpaceFolder) -> None:
@@ -160,9 +161,12 @@ class BucketMirror:
 
     def fetch(self, folder: SpaceFolder, stem: str) -> bool:
         """Bring a shard, and return whether it is here."""
-        if self._off or not self._has_room(f"{stem}{SHARD}"):
+        if self._off:
             return False
         with self._forgiving("fetched"):
+            size = self._sizes.get(f"{stem}{SHARD}", 0)
+            if not self._has_room(size):
+                return False
             aside = folder.path / f"{stem}.{secrets.token_hex(4)}.{os.getpid()}.writing"
             try:
                 self._bucket.download(f"{folder.digest}/{stem}{SHARD}", aside)
@@ -171,26 +175,25 @@ class BucketMirror:
                 aside.rename(folder.shard_path(stem))
             finally:
                 aside.unlink(missing_ok=True)
+            self._room -= size
             log_event("cache", "fetched", file=stem)
             return True
         return False
 
-    def _has_room(self, name: str) -> bool:
-        """Return whether an object fits, before it is brought here for nothing; say so once if one does not."""
-        with contextlib.suppress(OSError):
-            room = self._budget.room_bytes()
-            if self._sizes.get(name, 0) <= room:
-                return True
-            if not self._is_full:
-                self._is_full = True
-                log_event(
-                    "cache",
-                    "not fetched",
-                    reason="what was used in this run takes all that the cache may take on this machine",
-                    room=room,
-                    consequence="what is not on this machine is computed anew",
-                )
-        return False
+    def _has_room(self, size: int) -> bool:
+        """Return whether so many bytes fit, before they are brought here for nothing; say so once if they do not."""
+        if size > self._room:
+            self._room = self._budget.room_bytes()
+        if size > self._room and not self._is_full:
+            self._is_full = True
+            log_event(
+                "cache",
+                "not fetched",
+                reason="what was used in this run takes all that the cache may take on this machine",
+                room=self._room,
+                consequence="what is not on this machine is computed anew",
+            )
+        return size <= self._room
 
     def push(self, folder: SpaceFolder) -> None:
         """Upload what was written, now or by a run that could not."""

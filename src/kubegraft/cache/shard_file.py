@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _FIELDS: Final = struct.Struct("<8sQQ32s32s")
 _SEALED_BYTES: Final = PAGE_BYTES - 32
 _NAME_BYTES: Final = 36  # key and view
 _MOST_TARGETS: Final = 1024  # IOV_MAX of Linux and macOS
+_LOCK_TRIES: Final = 5
+_LOCK_WAIT_SECONDS: Final = 0.01
 Table = NDArray[np.void]
 
 
@@ -227,8 +230,15 @@ class ShardWriter:
         """Hold the kernel's lock, by which others see that the writer lives; without locks its age says so."""
         import fcntl
 
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for _ in range(_LOCK_TRIES):  # somebody may be asking just now whether the file is abandoned
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_WAIT_SECONDS)
+            except OSError:
+                return
+            else:
+                return
 
     def append(self, keys: Keys, views: Views, values: NDArray[Any]) -> None:
         """Write rows.

@@ -223,7 +223,7 @@ class BucketShelf:
 
     def spaces(self) -> list[str]:
         """See `Shelf`."""
-        return sorted({name.partition("/")[0] for name in self._objects})
+        return sorted({*(name.partition("/")[0] for name in self._objects), *self._here.spaces()})
 
     def space(self, digest: str) -> FeatureSpace | None:
         """See `Shelf`."""
@@ -304,5 +304,6 @@ class BucketShelf:
 
     def tidy(self, digest: str) -> None:
         """See `Shelf`."""
-        if not self.shards(digest):
+        if not self.shards(digest) and f"{digest}/{SPACE_FILE}" in self._objects:
             self._bucket.delete_object(f"{digest}/{SPACE_FILE}")
+        self._here.tidy(digest)

@@ -388,7 +388,7 @@ def _on_replicas(
     inputs = strategy.distribute_datasets_from_function(
         lambda _: source.inputs(batches, slice(None), slice(None), per_replica)
     )
-    for batch in WatchedInput().watch(inputs):
+    for batch in WatchedInput(once=True).watch(inputs):
         yield compute(batch).numpy()
 
 

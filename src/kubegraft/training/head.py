@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from kubegraft.modeling.splitting import SplitBackbone, boundary_of, split_backb
 from kubegraft.modeling.weights import check_weights
 from kubegraft.recipes import Choice, resolve_fine_tune, resolve_head
 from kubegraft.reporting.events import log_event
-from kubegraft.stage import Outcome, StageResult, Workspace, read_result
+from kubegraft.stage import Outcome, StageResult, Workspace, read_result, write_atomically
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import (
     divisible_batch_size,
@@ -201,15 +202,18 @@ class _HeadTraining:
 
     def _found(self, data: SearchData, plan: LoopConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
         """Return what the chief finds, on a device of its own while others wait: it depends on the clock."""
-        found: list[Any] = []
-        if self.workers.is_chief:
+        # An interrupted call's own is kept to: its checkpoint is of that head.
+        path = self.workspace.scratch / "search.json"
+        if self.workers.is_chief and not path.exists():
             strategy = self.strategy if self.workers.alone else make_strategy(["CPU:0"])
             head, searched = search_head(strategy, data, self.given, plan, self.workspace.scratch)
-            found = [dataclasses.asdict(head), [dataclasses.asdict(choice) for choice in searched]]
-        if self.workers.alone:
-            return head, searched
-        values, choices = self.workers.share(found)
-        return dataclasses.replace(self.given, **values), tuple(Choice(**each) for each in choices)
+            chosen = {name: getattr(head, name) for name in ("head", "hidden_units", "dropout")}
+            found = [chosen, [dataclasses.asdict(choice) for choice in searched]]
+            write_atomically(path, json.dumps(found))
+        values, choices = self.workers.share(json.loads(path.read_text()) if self.workers.is_chief else None)
+        values["hidden_units"] = tuple(values["hidden_units"])
+        read = [{**each, "value": _tuple_if_list(each["value"])} for each in choices]
+        return dataclasses.replace(self.given, **values), tuple(Choice(**each) for each in read)
 
     def _train(self, model_parts: ClassifierParts) -> History:
         train_features = self._features("train", model_parts)
@@ -262,7 +266,7 @@ class _HeadTraining:
                 problem,
                 decays=DECAYS if given == AUTO else (given,),
                 time_budget_seconds=self.config.time_budget_seconds,
-                directory=self.workspace.scratch / "solved",
+                directory=self.workspace.scratch,
             )
             history, solution = history_of(fit, measure(problem, *logits.get_weights())), fit.chosen.solution
             logits.set_weights([solution.kernel.astype(np.float32), solution.bias.astype(np.float32)])
@@ -330,6 +334,10 @@ class _HeadTraining:
         """Give the head the mean and variance of the training features, as the chief's processor adds them up."""
         moments = dict(zip("mv", feature_moments(features), strict=True)) if self.workers.is_chief else None
         model_parts.set_standardisation(*self.workers.spread(moments).values())
+
+
+def _tuple_if_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _with_hidden_layers(config: HeadConfig) -> HeadConfig:

@@ -20,7 +20,7 @@ from kubegraft.modeling.classifier import HeadParts, build_head
 from kubegraft.recipes import Choice
 from kubegraft.reporting.events import log_event
 from kubegraft.training.linear_head import DECAYS, LinearProblem, cross_validated_path
-from kubegraft.training.loop import LoopConfig, train
+from kubegraft.training.loop import OUT_OF_TIME, LoopConfig, train
 from kubegraft.training.sources import FeatureSource
 from kubegraft.training.trainables import HeadOnFeatures
 
@@ -120,7 +120,7 @@ def search_head(
         scores.append(score)
         log_event("head_search", "scored", head=scores[-1].name, accuracy=scores[-1].accuracy)
     winner = preferred(scores)
-    reason = _reason(scores, winner, len(folds), left_out)
+    reason = _reason(scores, winner, left_out)
     chosen: dict[str, Any] = {"head": winner.head}
     if winner.head == "mlp":
         chosen |= {"hidden_units": winner.hidden_units, "dropout": winner.dropout}
@@ -226,9 +226,9 @@ def _mlp_score(
         sources = (_part(data, inside), _part(data, outside))
         history = train(strategy, trainable, sources, plan, checkpoint)
         checkpoint.unlink(missing_ok=True)
-        if plan.time_budget_seconds <= history.epochs[-1]["seconds"]:
+        if history.stopped.startswith(OUT_OF_TIME):
             return None
-        results.append(history.epochs[-1])
+        results.append(history.epochs[-1] if history.epochs else history.start)
     return Score(
         head="mlp",
         hidden_units=tuple(config.hidden_units),
@@ -245,10 +245,10 @@ def _part(data: SearchData, rows: np.ndarray) -> FeatureSource:
     return FeatureSource(standardised.astype(np.float32), data.train.labels[rows])
 
 
-def _reason(scores: Sequence[Score], winner: Score, num_folds: int, left_out: int) -> str:
+def _reason(scores: Sequence[Score], winner: Score, left_out: int) -> str:
     table = "; ".join(f"{score.name} {score.accuracy:.4f}" for score in scores)
-    missing = f"; {left_out} more not tried for lack of time" if left_out else ""
+    missing = f"; {left_out} more not tried to the end for lack of time" if left_out else ""
     return (
-        f"{winner.name}: the simplest within one standard error of the best in {num_folds}-fold cross-validation "
-        f"on the training split ({table}{missing})"
+        f"{winner.name}: the simplest within one standard error of the best in {len(winner.accuracies)}-fold "
+        f"cross-validation on the training split ({table}{missing})"
     )

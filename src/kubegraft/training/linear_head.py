@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from kubegraft.errors import Interrupted
+from kubegraft.errors import Interrupted, TrainingError
 from kubegraft.processes import stop_requested, stopping_gracefully
 from kubegraft.reporting import metrics
 from kubegraft.reporting.events import log_event
@@ -119,21 +119,21 @@ def fit_linear_head(
         problem: Features, labels, and how examples count.
         decays: Factors of half the squared kernel to try, from strong to weak; each starts from the one before.
         time_budget_seconds: No further decay is tried after this time; 0 for no limit.
-        directory: Keeps what is solved, for an interrupted call to go on from; None to keep nothing.
+        directory: Keeps what is solved, about once a second, for an interrupted call to go on from; None keeps nothing.
 
     Raises:
         TrainingError: If a feature is not a finite number.
-        Interrupted: If the process was asked to stop; decays that took a second or more are kept.
+        Interrupted: If the process was asked to stop; the same call goes on.
     """
-    kept = _Kept(directory)
     with stopping_gracefully():
         started = time.monotonic()
         regression = _regression(problem)
+        kept = _Kept(directory, regression.fingerprint)
         path: list[PathPoint] = []
         stopped = "all decays tried"
         for number, decay in enumerate(decays):
             start = path[-1].solution.coefficients if path else None
-            point = kept.find(number)
+            point = kept.find(number, decay)
             if point is None:
                 point = _measured(problem, regression.solve(decay, start, _PATH_TOLERANCE), started)
                 kept.keep(number, point)
@@ -154,38 +154,52 @@ def fit_linear_head(
 
 
 class _Kept:
-    """Points of a path in a directory, a file each; those that took less than a second are quicker solved again."""
+    """Points of a path in files of a directory; a path that is solved in a second writes none.
 
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
+    What was solved on other features, by another engine for example, has other names.
+    """
+
+    def __init__(self, directory: Path | None, fingerprint: str) -> None:
+        self._directory, self._name = directory, f"solved-{fingerprint[:16]}"
         self._waiting: dict[int, PathPoint] = {}
         self._saved = time.monotonic()
 
-    def find(self, number: int) -> PathPoint | None:
-        found = load_checkpoint(self._path(number)) if self._directory else None
-        if found is None:
+    def find(self, number: int, decay: float) -> PathPoint | None:
+        """Return a point, or None if it is not there, damaged, or of another decay."""
+        try:
+            found = load_checkpoint(self._path(number)) if self._directory else None
+        except TrainingError:
+            return None
+        if found is None or found[1]["decay"] != decay:
             return None
         values: dict[str, Any] = {**found[0], **found[1]}
         solution = Solution(**{each.name: values.pop(each.name) for each in fields(Solution)})
         return PathPoint(solution=solution, **values)
 
     def keep(self, number: int, point: PathPoint) -> None:
+        """Keep a point, now or with the next ones."""
         self._waiting[number] = point
         if self._directory is None or time.monotonic() - self._saved < _SAVE_SECONDS:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for each, waiting in self._waiting.items():
-            values = {**_values(waiting), **_values(waiting.solution)}
-            del values["solution"]
-            arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-            numbers = {name: np.asarray(value).item() for name, value in values.items() if name not in arrays}
-            save_checkpoint(self._path(each), arrays, numbers)
+        try:
+            for each, waiting in self._waiting.items():
+                self._write(self._path(each), waiting)
+        except OSError as error:  # a disk that is full, say: it costs the way back, not the result
+            log_event("train_head", "not kept", reason=f"{type(error).__name__}: {error}")
+            self._directory = None
         self._waiting.clear()
         self._saved = time.monotonic()
 
+    def _write(self, path: Path, point: PathPoint) -> None:
+        values = {**_values(point), **_values(point.solution)}
+        del values["solution"]
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        numbers = {name: np.asarray(value).item() for name, value in values.items() if name not in arrays}
+        save_checkpoint(path, arrays, numbers)
+
     def _path(self, number: int) -> Path:
         assert self._directory is not None
-        return self._directory / f"decay-{number}.ckpt"
+        return self._directory / f"{self._name}-{number}.ckpt"
 
 
 def _values(record: PathPoint | Solution) -> dict[str, Any]:
@@ -299,7 +313,7 @@ def _stop_if_asked() -> None:
     if stop_requested():
         raise Interrupted(
             "`train_head` was asked to stop (SIGTERM) while it solved for the head. Start it again with the same "
-            "arguments: the features are kept, and the head takes seconds."
+            "arguments: the features are kept, and what takes longer than a second to solve."
         )
 
 

@@ -33,6 +33,8 @@ from kubegraft.training.sources import Source
 from kubegraft.training.steps import NUM_SUMS, RowSource, make_steps, replica_steps
 from kubegraft.training.variables import digest_of_variables
 
+# How `History.stopped` begins where the time ended training.
+OUT_OF_TIME: Final = "time budget"
 # An epoch on computed features takes a fraction of a second; a log wants fewer lines than that.
 _NOTE_SECONDS: Final = 2.0
 # Nor need more be safe than a second's work: writing to disk took as long as a head's whole epoch.
@@ -275,7 +277,7 @@ class _Run:
 
     def _reason_to_stop(self) -> str:
         if self._over_budget():
-            return f"time budget of {self.config.time_budget_seconds:g} s used up"
+            return f"{OUT_OF_TIME} of {self.config.time_budget_seconds:g} s used up"
         if (
             self.epoch - self.history.best_epoch >= self.config.patience
             and self.epoch + 1 < self.config.num_epochs

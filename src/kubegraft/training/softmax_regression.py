@@ -12,6 +12,7 @@ the curvature of f is nearly diagonal, and scales each axis by it (docs/adr/0013
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,6 +118,16 @@ class SoftmaxRegression:
     def finest_tolerance(self) -> float:
         """Smallest tolerance of `solve` that the arithmetic surely reaches."""
         return 1e-6 if self._finest is np.float64 else 3e-5
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides on the bits of a solution besides decay, start and tolerance: 64 hex digits."""
+        found = hashlib.sha256(
+            f"{self._axes.shape} {self._classes} {self._smoothing} {self._finest}".encode()
+        )
+        for each in (self._mean, self._scale, self._curvature, self._labels, self._weights):
+            found.update(np.ascontiguousarray(each).tobytes())
+        return found.hexdigest()
 
     def _use(self, dtype: Any) -> None:
         """Do what follows in this precision."""

@@ -15,12 +15,33 @@ _WARM_UP: Final = 3
 _FEWEST_BATCHES: Final = 10
 
 
+_FROM_IMAGES: Final = (
+    "images are read, decoded and varied",
+    "give the process more processors, store images nearer or smaller, or leave `augmentation` to the recipe, which "
+    "trains from kept activations",
+)
+_FROM_ROWS: Final = (
+    "kept activations are read",
+    "keep the work directory on a faster disk, give the process more memory, or unfreeze fewer blocks",
+)
+_ONCE: Final = (
+    "images are read and decoded",
+    "give the process more processors, or store images nearer or smaller; it happens once for each image",
+)
+
+
 class WatchedInput:
     """Passes on an epoch's batches, and says once in its life if whoever takes them waits for them too long."""
 
-    def __init__(self) -> None:
-        """Nothing has been measured yet."""
+    def __init__(self, *, rows: bool = False, once: bool = False) -> None:
+        """Nothing has been measured yet.
+
+        Args:
+            rows: Whether kept rows are waited for, in place of images.
+            once: Whether this is a frozen pass, which no choice of the user's spares.
+        """
         self.waited_share = 0.0
+        self._what, self._advice = _FROM_ROWS if rows else _ONCE if once else _FROM_IMAGES
         self._said = False
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -55,7 +76,6 @@ class WatchedInput:
             "input",
             "starves the device",
             waited=round(self.waited_share, 3),
-            reason="of a pass's time the device waited so much for images to be read, decoded and varied",
-            advice="give the process more processors, store images nearer or smaller, or leave `augmentation` "
-            "to the recipe, which trains from kept activations",
+            reason=f"share of the time that the device waited until {self._what}",
+            advice=self._advice,
         )

@@ -2,9 +2,9 @@
 
 A step of a head on features is a fraction of a millisecond of matrix products; handing each batch from Python
 to the graph costs several times that. So features that fit are held on the device, and one call of the graph
-runs as many steps as take about a fifth of a second, gathering each batch itself. Rows of boundary activations are
-copied to one device faster than a stream's threads hand them on: those took a seventh of the time. All ways compute
-the same.
+runs as many steps as take about a fifth of a second, gathering each batch itself. On a CPU rows of boundary
+activations are copied faster than a stream's threads hand them on: those took a seventh of the time. All ways
+compute the same.
 
 With several workers each takes its columns of a global batch. What they must agree on at each step travels with the
 gradients, in the same vector.
@@ -175,7 +175,8 @@ class _StreamedSteps:
 
     def __init__(self, strategy: Any, source: Source, batch_size: int, replica_step: ReplicaStep) -> None:
         self._strategy, self._source, self._batch_size = strategy, source, batch_size
-        self._step, self._input = _compiled(strategy, replica_step), WatchedInput()
+        self._step = _compiled(strategy, replica_step)
+        self._input = WatchedInput(rows=isinstance(source, RowSource))
 
     def run(
         self,

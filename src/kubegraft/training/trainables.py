@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from kubegraft.errors import ModelError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from kubegraft.modeling.classifier import ClassifierParts, HeadParts
     from kubegraft.modeling.splitting import SplitBackbone
 
-# How many numbers in [0, 1) masks are drawn from: float32 holds no more that are equally far apart.
+# How many numbers in [0, 1) TensorFlow draws a float32 from: as many as its mantissa has bits for.
 _FRACTIONS: Final = 1 << 23
 
 
@@ -139,6 +140,11 @@ class HeadOnSuffix:
         return self._pool(self._split.feature_map(inputs))
 
 
+def first_kept(rate: float) -> int:
+    """Return the smallest of 2**23 equal steps in [0, 1) that `float32(rate)` is not above."""
+    return math.ceil(float(np.float32(rate)) * _FRACTIONS)
+
+
 def _dropout(inputs: Any, rate: float, position: Any, seed: Any, batch_size: int) -> Any:
     """Drop inputs by a mask that does not depend on the number of replicas.
 
@@ -152,8 +158,7 @@ def _dropout(inputs: Any, rate: float, position: Any, seed: Any, batch_size: int
         [batch_size, inputs.shape[-1]], tf.cast(seed, tf.int32), None, None, tf.uint32, alg="philox"
     )
     fractions = tf.bitwise.bitwise_and(bits, tf.constant(_FRACTIONS - 1, tf.uint32))
-    dropped = tf.constant(math.ceil(rate * _FRACTIONS), tf.uint32)
-    keep = tf.cast(tf.gather(fractions, position) >= dropped, inputs.dtype)
+    keep = tf.gather(tf.cast(fractions >= first_kept(rate), inputs.dtype), position)
     return inputs * keep / (1 - rate)
 
 
