@@ -190,6 +190,31 @@ def test_a_searched_head_is_trained_on_all_of_the_training_split(dataset, tmp_pa
     assert loaded.metadata["config"]["search_seconds"] == 0  # what was found can be said again
 
 
+def test_a_search_that_is_done_is_not_done_again(dataset, tmp_path, monkeypatch):
+    from kubegraft.errors import Interrupted
+    from kubegraft.training import head as stage
+
+    calls, search, fit = [], stage.search_head, stage.fit_linear_head
+
+    def searches(*arguments):
+        calls.append("search")
+        return search(*arguments)
+
+    def fits(*arguments, **options):
+        calls.append("fit")
+        if calls.count("fit") == 1:
+            raise Interrupted("now")
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(stage, "search_head", searches)
+    monkeypatch.setattr(stage, "fit_linear_head", fits)
+    config = HeadConfig(**SOLVED | {"search_seconds": 1e-6})
+    with pytest.raises(Interrupted, match="now"):
+        train_head(dataset, tmp_path / "model", config)
+    train_head(dataset, tmp_path / "model", config)
+    assert calls == ["search", "fit", "fit"]
+
+
 def test_a_stopped_head_comes_to_the_same_head(dataset, tmp_path, monkeypatch):
     from kubegraft.errors import Interrupted
     from kubegraft.training import linear_head
