@@ -1,6 +1,8 @@
 """Classifiers: heads, resizing, precision, files, and what training changes in them."""
 
 import json
+import random
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,33 @@ def build(policy: str = "float32", **options: Any) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build()
+
+
+def test_initial_weights_do_not_depend_on_who_else_draws_random_numbers(model: Any) -> None:
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        again = build()
+    finally:
+        done.set()
+        thread.join()
+    for one, other in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_building_a_model_leaves_random_numbers_as_they_were() -> None:
+    random.seed(4)
+    expected = [random.random(), random.random()]
+    random.seed(4)
+    first = random.random()
+    build()
+    assert [first, random.random()] == expected
 
 
 @pytest.fixture(scope="module")

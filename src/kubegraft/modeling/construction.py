@@ -13,21 +13,22 @@ def repeatable(seed: int) -> Iterator[None]:
 
     Keras numbers unnamed layers over the whole process (`conv2d`, `conv2d_1`, ...) and draws the seed of
     an initialiser from Python's generator. Several backbones name few of their layers, so that a second
-    model in one process would differ from the first by its names, and be saved as different bytes. Both
-    generators continue afterwards as if nothing had happened.
+    model in one process would differ from the first by its names, and be saved as different bytes. Python's
+    generator is not touched, and another thread that draws from it changes nothing here.
 
     Args:
         seed: Seed of the initial weights.
     """
     # Keras's public `clear_session` would also drop what other models of this process need.
     from keras.src.backend.common import global_state
+    from keras.src.random import seed_generator
 
-    names, generator = "object_name_uids", random.getstate()
+    names, usual = "object_name_uids", seed_generator.python_random
     counters = global_state.get_global_attribute(names)
     global_state.set_global_attribute(names, None)
-    random.seed(seed)
+    seed_generator.python_random = random.Random(seed)
     try:
         yield
     finally:
-        random.setstate(generator)
+        seed_generator.python_random = usual
         global_state.set_global_attribute(names, counters)
