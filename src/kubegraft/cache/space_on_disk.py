@@ -51,8 +51,7 @@ class DiskBudget:
             OSError: If the file system can't be asked.
         """
         excess, old = self._excess()
-        leftovers = [file for folder in space_folders(self.root) for file in folder.leftovers()]
-        return max(sum(file.size for file in (*old, *leftovers)) - excess, 0)
+        return max(sum(file.size for file in (*old, *self._leftovers())) - excess, 0)
 
     def make_room(self, num_bytes: int = 0) -> bool:
         """Evict the least recently used shards until the cache is within its budget; return whether it is.
@@ -66,12 +65,9 @@ class DiskBudget:
             OSError: If the file system can't be asked.
         """
         excess, old = self._excess()
-        if excess + num_bytes > 0:
-            removed = [
-                file for folder in space_folders(self.root) for file in folder.leftovers() if remove(file)
-            ]
-            excess -= sum(file.size for file in removed)
         excess += num_bytes
+        if excess > 0:
+            excess -= sum(file.size for file in self._leftovers() if remove(file))
         if excess > sum(file.size for file in old):
             return False  # nothing would be gained by evicting some
         evicted = evict_least_recent(old, excess)
@@ -80,6 +76,9 @@ class DiskBudget:
                 "cache", "evicted", shards=len(evicted), mib=round(sum(f.size for f in evicted) / 2**20, 1)
             )
         return excess <= sum(file.size for file in evicted)
+
+    def _leftovers(self) -> list[CacheFile]:
+        return [file for folder in space_folders(self.root) for file in folder.leftovers()]
 
     def _excess(self) -> tuple[int, list[CacheFile]]:
         """Return by how much the cache is too large, negative if it is not, and the shards that may be evicted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -116,8 +117,7 @@ class _HeadTraining:
         self.readers: dict[str, SplitReader] = {}
         self.frozen_pass: FrozenPass | None = None
         self.config, self.choices = self._resolved(self.given)
-        for choice in self.choices:
-            log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        _log(self.choices)
 
     def _resolved(self, config: HeadConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
         # What was found is said as if the user had: the resolved config trains this head, without a search.
@@ -194,8 +194,7 @@ class _HeadTraining:
             class_weights=plan.class_weights,
         )
         found, searched = self._found(data, plan)
-        for choice in searched:
-            log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        _log(searched)
         self.config, choices = self._resolved(found)
         names = {choice.name for choice in searched}
         self.choices = (*searched, *(choice for choice in choices if choice.name not in names))
@@ -280,7 +279,7 @@ class _HeadTraining:
         return History(**said["history"])
 
     def _choose(self, choice: Choice) -> None:
-        log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        _log([choice])
         self.choices = (*self.choices, choice)
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
@@ -334,6 +333,11 @@ class _HeadTraining:
         """Give the head the mean and variance of the training features, as the chief's processor adds them up."""
         moments = dict(zip("mv", feature_moments(features), strict=True)) if self.workers.is_chief else None
         model_parts.set_standardisation(*self.workers.spread(moments).values())
+
+
+def _log(choices: Iterable[Choice]) -> None:
+    for choice in choices:
+        log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
 
 def _tuple_if_list(value: Any) -> Any:
