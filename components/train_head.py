@@ -31,6 +31,7 @@ def train_head(
     weights_sha256: str,
     input_size: int,
     head: str,
+    features: str,
     hidden_units: list,
     dropout: float,
     batch_norm: bool,

@@ -31,6 +31,7 @@ CREDENTIAL_VARIABLES: Final = (
 )
 
 HEADS: Final = ("linear", "mlp")
+FEATURES: Final = (AUTO_NAME, "last", "levels")
 SOLVERS: Final = (AUTO_NAME, "lbfgs", "adamw")
 # What only AdamW uses: a user who sets one of these wants it.
 ADAMW_FIELDS: Final = ("learning_rate", "num_epochs", "patience")
@@ -256,6 +257,11 @@ class HeadConfig(TrainingConfig):
         AUTO, "Side in pixels that images are resized to; -1 lets the recipe choose from the images' size."
     )
     head: str = option("linear", "Layers put on the backbone: 'linear' (one dense layer) or 'mlp'.")
+    features: str = option(
+        AUTO_NAME,
+        "What the head sees: 'last' (the last feature map, averaged), or 'levels' (feature maps at a quarter, half and "
+        "three quarters of the depth too); 'auto' lets the recipe choose.",
+    )
     hidden_units: tuple[int, ...] = option((256,), "Units of each hidden layer of an 'mlp' head.")
     dropout: float = option(AUTO, "Fraction of head inputs dropped in training; -1 lets the recipe choose.")
     batch_norm: bool = option(False, "Whether an 'mlp' head normalises each hidden layer by batch.")
@@ -283,6 +289,7 @@ class HeadConfig(TrainingConfig):
         """Check the fields; see the base class."""
         TrainingConfig.__post_init__(self)
         _one_of("head", self.head, HEADS)
+        _one_of("features", self.features, FEATURES)
         _one_of("solver", self.solver, SOLVERS)
         self._check_solver()
         if any(units < 1 for units in self.hidden_units) or (self.head == "mlp" and not self.hidden_units):

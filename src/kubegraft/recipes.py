@@ -26,6 +26,8 @@ _LARGE_BACKBONE_PARAMETERS: Final = 10_000_000
 _NUM_VIEWS: Final = 2
 _MOST_VARIED: Final = 200_000
 _EPOCHS_A_VIEW: Final = 4
+# Up to so many training images, features of several levels take a few GB at most.
+_MOST_WITH_LEVELS: Final = 200_000
 # Pooled features of the registered backbones have 512 to 2,560 numbers.
 _WEIGHTS_OF_A_CLASS: Final = 1000
 
@@ -114,6 +116,7 @@ def resolve_head(
         "patience": (15, "the rate falls as a cosine, so that late epochs may still improve"),
         "augmentation": ("none", "without augmentation the backbone sees each image once, not every epoch"),
         "class_weights": _class_weights(facts),
+        "features": _features(facts),
         "solver": _solver(config),
     }
     if (proposals["solver"][0] if config.solver == AUTO_NAME else config.solver) == "lbfgs":
@@ -146,7 +149,7 @@ def resolve_fine_tune(
     rate, rate_reason = (
         (5e-4, "a large backbone is moved gently")
         if large
-        else (2e-3, "a small backbone bears more, and only weights with a clear gradient move by as much")
+        else (1e-3, "a small backbone bears more, and only weights with a clear gradient move by as much")
     )
     proposals = {
         "num_blocks": _num_blocks(config, facts, num_backbone_blocks),
@@ -251,6 +254,15 @@ def _solver(config: HeadConfig) -> tuple[str, str]:
     if given:
         return "adamw", f"`{given[0]}` was set by the user"
     return "lbfgs", "the best linear head on fixed features can be solved for, its weight decay by validation"
+
+
+def _features(facts: DatasetFacts) -> tuple[str, str]:
+    if facts.num_train > _MOST_WITH_LEVELS:
+        return (
+            "last",
+            f"more than {_MOST_WITH_LEVELS:,} training images: several levels of all need much memory",
+        )
+    return "levels", "earlier blocks keep what ImageNet's classes don't need, and cost no further pass"
 
 
 def _head_epochs(steps_per_epoch: int) -> tuple[int, str]:

@@ -158,6 +158,7 @@ def _plan(
 ) -> dict[str, Any]:
     import kubegraft.tensorflow_setup  # noqa: F401 - before TensorFlow
     from kubegraft.modeling.backbones import get_backbone
+    from kubegraft.modeling.levels import with_levels
     from kubegraft.modeling.splitting import boundary_of
     from kubegraft.training.distribution import has_gpu, precision_policy
 
@@ -176,6 +177,8 @@ def _plan(
     )
     backbone.check_num_blocks(tuned.num_blocks)
     core = backbone.build(head.input_size)
+    if head.features == "levels":
+        core = with_levels(core, backbone)
     bits = "bfloat16" if "bfloat16" in precision_policy(tuned.mixed_precision) else "float32"
     boundaries = [
         dataclasses.replace(boundary_of(core, backbone, number), dtype=bits)

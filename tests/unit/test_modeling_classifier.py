@@ -31,7 +31,7 @@ METADATA = {"classes": list(CLASSES), "backbone": BACKBONE.name}
 
 
 def build(policy: str = "float32", **options: Any) -> Any:
-    chosen = HeadConfig(**{"weights": "none", "dropout": 0.3, **options})
+    chosen = HeadConfig(**{"weights": "none", "dropout": 0.3, "features": "last", **options})
     return build_classifier(BACKBONE, 48, CLASSES, chosen, policy=policy)
 
 

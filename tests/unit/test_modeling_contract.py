@@ -25,6 +25,7 @@ from kubegraft.modeling.engines.keras_forward import KerasForward
 from kubegraft.modeling.engines.litert import LiteRtForward, convert
 from kubegraft.modeling.freezing import freeze_backbone, rate_multipliers, training_plan, unfreeze_last_blocks
 from kubegraft.modeling.identity import network_digest
+from kubegraft.modeling.levels import groups_of, level_blocks
 from kubegraft.modeling.splitting import boundary_of, split_backbone
 
 CLASSES = ("ant", "bee", "cat")
@@ -59,13 +60,20 @@ class Case:
 
     @property
     def core(self) -> Any:
+        """The backbone, to features of several levels."""
         return parts(self.model).backbone
+
+    @property
+    def to_feature_map(self) -> Any:
+        """The backbone, to its last feature map."""
+        return keras.Model(self.core.input, self.core.get_layer("level_last").input)
 
 
 @pytest.fixture(scope="module", params=sorted(BACKBONES))
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     backbone = BACKBONES[request.param]
-    options = HeadConfig(weights="none", dropout=0.1)
+    # Heads on several levels need all that those on the last feature map need, and more.
+    options = HeadConfig(weights="none", dropout=0.1, features="levels")
     yield Case(backbone, build_classifier(backbone, backbone.min_input_size, CLASSES, options))
     keras.utils.clear_session()
 
@@ -100,11 +108,12 @@ def test_blocks_cover_every_layer_and_can_be_cut_apart(case: Case) -> None:
     assert set(blocks.values()) == set(range(case.backbone.num_blocks))
     if not case.backbone.clean_cuts:
         return
-    operations = {operation.name: operation for operation in case.core.operations}
+    core = case.to_feature_map
+    operations = {operation.name: operation for operation in core.operations}
     for block, name in enumerate(case.backbone.blocks[:-1]):
-        rest = keras.Model(operations[name].output, case.core.output)
+        rest = keras.Model(operations[name].output, core.output)
         later = {layer.name for layer in rest.layers if not isinstance(layer, keras.layers.InputLayer)}
-        assert later == {layer for layer, of in blocks.items() if of > block}
+        assert later == {layer.name for layer in core.layers if blocks[layer.name] > block}
 
 
 def test_a_frozen_backbone_trains_its_head_only(case: Case) -> None:
@@ -167,21 +176,21 @@ def test_both_halves_are_the_whole_and_train_it(case: Case) -> None:
     assert (described, digest) == (case.model.to_json(), model_digest(case.model))
 
 
-def pooled_and_boundary(case: Case) -> tuple[Any, int]:
-    """Return a function to pooled features and, behind them, a flat boundary in the middle: both in one pass."""
+def pooled_and_boundary(case: Case) -> tuple[Any, tuple[int, ...]]:
+    """Return a function to features and, behind them, a flat boundary in the middle: both in one pass."""
     middle = case.backbone.blocks[case.backbone.num_blocks // 2]
     boundary = next(operation.output for operation in case.core.operations if operation.name == middle)
     both = keras.Model(case.core.input, [boundary, case.core.output])
 
     def forward(images: Any) -> Any:
         inner, last = both(images, training=False)
-        return tf.concat([tf.reduce_mean(last, (1, 2)), tf.reshape(inner, (-1, np.prod(inner.shape[1:])))], 1)
+        return tf.concat([last, tf.reshape(inner, (-1, np.prod(inner.shape[1:])))], 1)
 
-    return forward, int(case.core.output.shape[-1])
+    return forward, groups_of(case.core)
 
 
 def test_the_engine_answers_like_keras(case: Case) -> None:
-    forward, dim = pooled_and_boundary(case)
+    forward, groups = pooled_and_boundary(case)
     size = case.backbone.min_input_size
     graph = FrozenGraph(forward, size)
     # Structure, as photographs have, and some noise.
@@ -192,15 +201,18 @@ def test_the_engine_answers_like_keras(case: Case) -> None:
     expected = KerasForward(graph).forward(images)
     assert rows.shape == expected.shape
     # Apart: a random network's boundary may be thousands of times its features.
-    assert relative_difference(rows[:, :dim], expected[:, :dim]) <= TOLERANCE
-    assert relative_difference(rows[:, dim:], expected[:, dim:]) <= TOLERANCE
+    ends = np.cumsum(groups)
+    for found, wanted in zip(np.split(rows, ends, 1), np.split(expected, ends, 1), strict=True):
+        assert relative_difference(found, wanted) <= TOLERANCE
     assert len(network_digest(case.core)) == 64  # what the feature cache knows it by
 
 
 def test_every_cut_has_a_boundary(case: Case) -> None:
     for num_blocks in range(1, case.backbone.num_blocks):
         boundary = boundary_of(case.core, case.backbone, num_blocks)
-        assert len(boundary.shapes) == 1 or not case.backbone.clean_cuts
+        cut = case.backbone.num_blocks - num_blocks - 1
+        levels = sum(block < cut for block in level_blocks(case.backbone.num_blocks))
+        assert len(boundary.shapes) == 1 + levels or not case.backbone.clean_cuts
         assert boundary.row_bytes == 4 * boundary.row_length > 0
     for num_blocks in (0, case.backbone.num_blocks):
         with pytest.raises(ConfigError, match=r"to cut .* in two"):
@@ -223,7 +235,9 @@ def test_facts_of_the_registry_are_true(case: Case) -> None:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_classifier_answers_bit_for_bit_alike(name: str, tmp_path: Path) -> None:
-    model = build_classifier(BACKBONES[name], 80, CLASSES, HeadConfig(weights="none", dropout=0.1))
+    model = build_classifier(
+        BACKBONES[name], 80, CLASSES, HeadConfig(weights="none", dropout=0.1, features="levels")
+    )
     image = np.random.default_rng(1).integers(0, 256, (1, 80, 60, 3), dtype=np.uint8)
     save_classifier(model, tmp_path, {"classes": list(CLASSES)})
     loaded = load_classifier(tmp_path)

@@ -80,7 +80,9 @@ def test_the_scaling_of_efficientnet_follows_the_file(tmp_path: Path) -> None:
 
 
 def test_a_classifier_gives_its_backbone_to_another(tmp_path: Path) -> None:
-    model = build_classifier(SMALL, SIZE, ("a", "b"), HeadConfig(weights="none", dropout=0, seed=4))
+    model = build_classifier(
+        SMALL, SIZE, ("a", "b"), HeadConfig(weights="none", dropout=0, seed=4, features="last")
+    )
     path = save_classifier(model, tmp_path, {"classes": ["a", "b"]})
     assert model_digest(SMALL.build(48, str(path))) == model_digest(parts(model).backbone)
 

@@ -212,7 +212,7 @@ def frozen_pass(cache, **options):
         network=core,
         forward=lambda images: pack(core(images, training=False)),
         kind="pooled",
-        row_length=int(np.prod(core.output_shape[1:])),
+        groups=(int(np.prod(core.output_shape[1:])),),
         dtype="float32",
         policy="float32",
         backbone=HEAD.backbone,

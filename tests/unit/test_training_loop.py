@@ -209,6 +209,33 @@ def test_the_start_is_kept_if_no_epoch_beats_it(tmp_path):
         np.testing.assert_array_equal(variable.numpy(), array)
 
 
+@pytest.mark.parametrize(
+    ("right", "loss", "expected"),
+    [
+        (182, 0.1, False),  # the start itself
+        (182, 0.09, True),
+        (183, 0.09, True),
+        (183, 0.1, True),
+        (183, 0.11, False),  # one image more of 184 is luck
+        (181, 0.01, False),
+        (180, 0.2, False),
+        (183, float("nan"), False),
+    ],
+)
+def test_what_replaces_the_start_is_no_luck(right, loss, expected):
+    start = {"validation_accuracy": 182 / 184, "validation_loss": 0.1}
+    result = {"validation_accuracy": right / 184, "validation_loss": loss}
+    assert loop.surely_better(result, start, 184) is expected
+
+
+@pytest.mark.parametrize(("right", "expected"), [(165, False), (170, True), (184, True)])
+def test_a_clear_gain_replaces_the_start_at_any_loss(right, expected):
+    # 22 mistakes: 7 fewer are more than the root of 22 + 15; 3 fewer are not.
+    start = {"validation_accuracy": 162 / 184, "validation_loss": 0.1}
+    result = {"validation_accuracy": right / 184, "validation_loss": 0.3}
+    assert loop.surely_better(result, start, 184) is expected
+
+
 def test_what_is_kept_are_the_averaged_weights_that_were_validated(tmp_path):
     strategy = make_strategy(["CPU:0"])
     with strategy.scope():

@@ -70,7 +70,7 @@ def weights_of(model):
 
 
 def test_head_training_does_not_move_the_backbone_by_one_bit(dataset, head):
-    config = HeadConfig(**HEAD, dropout=0.0)
+    config = HeadConfig(**HEAD, dropout=0.0, features="levels")
     untouched = build_classifier(
         get_backbone("mobilenet_v2"), SIZE, load_manifest(dataset).classes, config, policy="float32"
     )

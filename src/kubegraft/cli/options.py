@@ -29,6 +29,7 @@ _TITLES: Final = {
 }
 _CHOICES: Final = {
     "head": choices.HEADS,
+    "features": choices.FEATURES,
     "solver": choices.SOLVERS,
     "class_weights": choices.CLASS_WEIGHTS,
     "mixed_precision": choices.MIXED_PRECISION,

@@ -16,6 +16,7 @@ from kubegraft.config import (
     AUTO_NAME,
     CLASS_WEIGHTS,
     EXPORT_FORMATS,
+    FEATURES,
     HEADS,
     MIXED_PRECISION,
     SOLVERS,
@@ -35,6 +36,7 @@ _SEED_RANGE: Final = (0, 2**31 - 1, False)
 _TRANSFORM: Final = f"({'|'.join(TRANSFORMS)})"
 _CHOICES: Final[Mapping[str, Sequence[str]]] = {
     "head": HEADS,
+    "features": FEATURES,
     "solver": SOLVERS,
     "class_weights": CLASS_WEIGHTS,
     "mixed_precision": MIXED_PRECISION,

@@ -2,6 +2,8 @@
 
 image uint8[batch, any, any, 3] -> pixels (float32) -> resize -> backbone
     -> head (pool, standardise, ..., logits) -> probabilities
+
+With `features: levels` the backbone also averages some earlier blocks, and returns a vector; see `levels`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from kubegraft.errors import ConfigError, ModelError
 from kubegraft.modeling.backbone import Backbone
 from kubegraft.modeling.construction import repeatable
+from kubegraft.modeling.levels import groups_of, with_levels
 from kubegraft.modeling.model_files import LoadedClassifier, load_classifier, model_digest, save_classifier
 from kubegraft.modeling.precision import with_policy
 
@@ -32,6 +35,7 @@ __all__ = [
     "save_classifier",
 ]
 
+_FEATURES: Final = ("last", "levels")
 # Below this share of the mean variance a feature counts as constant, and is only centred.
 _CONSTANT_SHARE: Final = 1e-6
 # No feature is scaled up by more than this share's root against the average one: what hardly varies in
@@ -46,6 +50,8 @@ class HeadOptions(Protocol):
 
     @property
     def head(self) -> str: ...  # noqa: D102
+    @property
+    def features(self) -> str: ...  # noqa: D102
     @property
     def hidden_units(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
@@ -66,8 +72,9 @@ class ClassifierParts:
 
     Attributes:
         resize: Pixels of any size, `float32[batch, height, width, 3]`, to the backbone's input size; 0 to 255.
-        backbone: Those pixels to the last feature map; call it with `training=False`.
-        pool: Feature map to pooled features, `float32[batch, dim]`.
+        backbone: Those pixels to the last feature map, or to features of several levels; call it with
+            `training=False`.
+        pool: That to pooled features, `float32[batch, dim]`.
         head_layers: Pooled features to logits, in order: `standardise`, hidden layers, `logits`.
     """
 
@@ -86,16 +93,21 @@ class ClassifierParts:
 
         A feature that is (almost) constant in training is centred only, and the variance of others counts as
         at least a hundredth of the average one: dividing by a tiny deviation would let a feature explode on
-        the first image in which it isn't constant, and as soon as fine-tuning moves it.
+        the first image in which it isn't constant, and as soon as fine-tuning moves it. The average is that of
+        its level: levels differ in scale.
 
         Args:
             mean: `float[dim]`, over the training split.
             variance: `float[dim]`, not negative.
         """
-        variance = np.asarray(variance, np.float64)
-        constant = variance <= max(_CONSTANT_SHARE * variance.mean(), _SMALLEST_VARIANCE)
-        floored = np.maximum(variance, _SMALLEST_SHARE * variance.mean())
-        self.standardise.set_weights([np.asarray(mean, np.float32), np.where(constant, 1.0, floored)])
+        ends = np.cumsum(groups_of(self.backbone))[:-1]
+        levels = [_floored(level) for level in np.split(np.asarray(variance, np.float64), ends)]
+        self.standardise.set_weights([np.asarray(mean, np.float32), np.concatenate(levels)])
+
+
+def _floored(variance: np.ndarray) -> np.ndarray:
+    constant = variance <= max(_CONSTANT_SHARE * variance.mean(), _SMALLEST_VARIANCE)
+    return np.where(constant, 1.0, np.maximum(variance, _SMALLEST_SHARE * variance.mean()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +130,8 @@ def build_head(dim: int, num_classes: int, options: HeadOptions) -> tuple[Any, .
         options: Head and seed.
     """
     with repeatable(options.seed + 1):
-        _pool, _standardise, *layers = _head_layers(num_classes, options)
         features = outputs = keras.Input((dim,))
+        _pool, _standardise, *layers = _head_layers((dim,), num_classes, options)
         for layer in layers:
             outputs = layer(outputs)
         keras.Model(features, outputs)
@@ -159,7 +171,7 @@ def build_classifier(
     core = backbone.build(
         input_size, options.weights, weights_sha256=options.weights_sha256, seed=options.seed
     )
-    core = _renamed(core, "backbone")
+    core = _renamed(with_levels(core, backbone) if options.features == "levels" else core, "backbone")
     # Not the backbone's seed: its first layer and the head's would start alike.
     with repeatable(options.seed + 1):
         head = _head(core.output_shape[1:], len(classes), options)
@@ -194,6 +206,11 @@ def parts(model: Any) -> ClassifierParts:
 def _check_options(classes: Sequence[str], options: HeadOptions) -> None:
     if len(classes) < 2:
         raise ConfigError(f"`classes` must be at least two. Received: classes={list(classes)!r}.")
+    if options.features not in _FEATURES:
+        raise ConfigError(
+            f"`features` must be one of {list(_FEATURES)!r} here. Received: features={options.features!r}. "
+            "`kubegraft.recipes.resolve_head` chooses open values."
+        )
     if not 0 <= options.dropout < 1:
         raise ConfigError(
             f"`dropout` must be in [0, 1) here. Received: dropout={options.dropout!r}. "
@@ -207,15 +224,18 @@ def _renamed(model: Any, name: str) -> Any:
 
 def _head(feature_shape: tuple[int, ...], num_classes: int, options: HeadOptions) -> Any:
     feature_map = outputs = keras.Input(feature_shape, name="feature_map")
-    for layer in _head_layers(num_classes, options):
+    for layer in _head_layers(feature_shape, num_classes, options):
         outputs = layer(outputs)
     return keras.Model(feature_map, outputs, name="head")
 
 
-def _head_layers(num_classes: int, options: HeadOptions) -> list[Any]:
+def _head_layers(feature_shape: tuple[int, ...], num_classes: int, options: HeadOptions) -> list[Any]:
     layers = keras.layers
     made: list[Any] = [
-        layers.GlobalAveragePooling2D(dtype="float32", name="pool"),
+        layers.GlobalAveragePooling2D(dtype="float32", name="pool")
+        if len(feature_shape) > 1
+        # Levels are pooled where they are read.
+        else layers.Activation("linear", dtype="float32", name="pool"),
         layers.BatchNormalization(
             center=False, scale=False, epsilon=0.0, trainable=False, dtype="float32", name="standardise"
         ),

@@ -7,7 +7,18 @@ from typing import Any, Final
 
 # Pixels keep their 256 levels, and what a loss or a user sees its precision, in any policy.
 FLOAT32_LAYERS: Final = frozenset(
-    {"image", "pixels", "preprocess", "resize", "pool", "standardise", "logits", "probabilities"}
+    {
+        "image",
+        "pixels",
+        "preprocess",
+        "resize",
+        "level_last",
+        "features",
+        "pool",
+        "standardise",
+        "logits",
+        "probabilities",
+    }
 )
 
 

@@ -1,8 +1,8 @@
 """A backbone cut in two at the end of a block: what is frozen runs once, what is trained runs every epoch.
 
 Both halves call the very layers of the whole model, so that training the one trains the other, and nothing
-has to be copied back. Where several tensors cross the cut (a cell of NASNet reads the two cells before it),
-all of them together are the boundary activations: one flat row for each image.
+has to be copied back. Where several tensors cross the cut (a cell of NASNet reads the two cells before it; the
+head reads levels before it), all of them together are the boundary activations: one flat row for each image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from kubegraft.errors import ConfigError
 from kubegraft.modeling.backbone import Backbone
+from kubegraft.modeling.levels import reads_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,14 @@ class Boundary:
     dtype: str = "float32"
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of each tensor of one image."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
     def row_length(self) -> int:
         """Numbers of one image."""
-        return sum(math.prod(shape) for shape in self.shapes)
+        return sum(self.lengths)
 
     @property
     def row_bytes(self) -> int:
@@ -52,7 +58,7 @@ class SplitBackbone:
 
     Attributes:
         prefix: Pixels `float32[batch, size, size, 3]` to the tensors that cross the cut, as a list.
-        suffix: Those tensors to the last feature map.
+        suffix: Those tensors to what the backbone returns.
         boundary: What crosses.
     """
 
@@ -65,7 +71,7 @@ class SplitBackbone:
         return pack(self.prefix(pixels, training=False))
 
     def on_the_way(self, core: Any) -> Callable[[Any], tuple[Any, Any]]:
-        """Return a function from images to the last feature map and the boundary activations, in one pass.
+        """Return a function from images to what the backbone returns and the boundary activations, in one pass.
 
         Args:
             core: The whole backbone that was cut.
@@ -81,7 +87,7 @@ class SplitBackbone:
         return both
 
     def feature_map(self, rows: Any) -> Any:
-        """Return the last feature map from boundary activations `[batch, boundary.row_length]`."""
+        """Return what the backbone returns from boundary activations `[batch, boundary.row_length]`."""
         return self.suffix(unpack(rows, self.boundary), training=False)
 
 
@@ -123,8 +129,7 @@ def unpack(rows: Any, boundary: Boundary) -> list[Any]:
     """Return the tensors `[batch, ...]` that `pack` made the rows of."""
     import tensorflow as tf
 
-    lengths = [math.prod(shape) for shape in boundary.shapes]
-    columns = [rows] if len(lengths) == 1 else tf.split(rows, lengths, 1)
+    columns = [rows] if len(boundary.lengths) == 1 else tf.split(rows, boundary.lengths, 1)
     return [tf.reshape(column, (-1, *shape)) for column, shape in zip(columns, boundary.shapes, strict=True)]
 
 
@@ -146,7 +151,14 @@ def _crossing(core: Any, backbone: Backbone, num_blocks: int) -> list[Any]:
             f"num_blocks={num_blocks!r}. With all blocks unfrozen no part of the backbone is frozen."
         )
     boundary = backbone.blocks[backbone.num_blocks - num_blocks - 1]
-    before = _needed_by(next(op for op in core.operations if op.name == boundary))
+    last = next(op for op in core.operations if op.name == boundary)
+    before = _needed_by(last)
+    # What averages an earlier level is small; its input, which would cross in its place, is not. From the cut itself
+    # it is averaged behind it.
+    levels = {id(op): _needed_by(op) for op in core.operations if reads_level(op)}
+    before |= {
+        level for level, needed in levels.items() if id(last) not in needed and needed - set(levels) <= before
+    }
     crossing: dict[int, Any] = {}
     for operation in core.operations:
         if id(operation) in before:

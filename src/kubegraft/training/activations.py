@@ -13,7 +13,7 @@ import tensorflow as tf
 from kubegraft.modeling.splitting import Boundary
 from kubegraft.training.batches import EpochBatches
 from kubegraft.training.frozen_pass import FrozenPass
-from kubegraft.training.sources import ImageSource, steady
+from kubegraft.training.sources import ImageSource, as_it_is, steady
 
 
 class ActivationSource:
@@ -58,7 +58,7 @@ class ActivationSource:
             )
             return tf.ensure_shape(self._as_computed(found), (batch_size, self._boundary.row_length))
 
-        return steady(tf.data.Dataset.from_tensor_slices(wanted).map(load))
+        return steady(tf.data.Dataset.from_tensor_slices(wanted).map(as_it_is(load)))
 
     def batch(self, batches: EpochBatches, step: int, columns: slice = slice(None)) -> Any:
         """Return the activations of one batch, `[batch_size, boundary.row_length]`; see `steps.RowSource`."""

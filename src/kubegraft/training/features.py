@@ -6,7 +6,7 @@ import collections
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def frozen_forward(
     source: FixedSource,
     input_size: int,
     identity: str = "",
-    row_length: int | None = None,
+    groups: Sequence[int] = (),
 ) -> FrozenForward | Forward:
     """Return how a frozen pass is best computed on this machine.
 
@@ -68,7 +68,7 @@ def frozen_forward(
         source: Images; the first few prove that an engine answers like Keras, where that is not known yet.
         input_size: Side of the images in pixels.
         identity: Digest of what `forward` computes; see `FrozenGraph`.
-        row_length: See `choose_engine`.
+        groups: See `choose_engine`.
 
     Returns:
         An engine for a CPU; `forward` itself for GPUs or several replicas, where TensorFlow computes it.
@@ -80,17 +80,20 @@ def frozen_forward(
 
     def samples() -> np.ndarray:
         count = min(_NUM_SAMPLES, len(source.labels))
+        if source.can_write:
+            written = np.zeros((count, *source.shape), np.float32)
+            for number, target in enumerate(written):
+                source.write(target, number)
+            return written
         batches = epoch_batches(source.labels[:count], batch_size=count, seed=0, epoch=0, shuffle=False)
         images: np.ndarray = next(iter(source.inputs(batches, slice(0, 1), slice(None), count))).numpy()
         return images
 
-    found = choose_engine(forward, samples, input_size, identity=identity, row_length=row_length)
+    found = choose_engine(forward, samples, input_size, identity=identity, groups=groups)
     chosen = workers.share(found.name)  # a matter of timing; rows that train together come from one engine
     if found.name == chosen:
         return found
-    return choose_engine(
-        forward, samples, input_size, identity=identity, row_length=row_length, engine=chosen
-    )
+    return choose_engine(forward, samples, input_size, identity=identity, groups=groups, engine=chosen)
 
 
 def extract_rows(
@@ -399,5 +402,5 @@ def _compiled(strategy: Any, forward: Callable[[Any], Any], dtype: str) -> Calla
             [tf.cast(part, dtype) for part in strategy.experimental_local_results(per_replica)], 0
         )
 
-    compiled: Callable[[Any], Any] = tf.function(compute)
+    compiled: Callable[[Any], Any] = tf.function(compute, autograph=False)
     return compiled

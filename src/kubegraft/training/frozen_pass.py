@@ -24,6 +24,7 @@ from kubegraft.modeling.backbone import Backbone
 from kubegraft.modeling.classifier import ClassifierParts
 from kubegraft.modeling.engines import recallable
 from kubegraft.modeling.identity import network_digest
+from kubegraft.modeling.levels import groups_of
 from kubegraft.modeling.splitting import SplitBackbone
 from kubegraft.reporting.events import log_event
 from kubegraft.stage import WORK_METRICS
@@ -76,7 +77,7 @@ class FrozenPass:
         network: Functional Keras model whose layers and weights decide the rows.
         forward: Images to rows, by `network`.
         kind: `pooled` or `boundary:<block>`, as in `FeatureSpace`.
-        row_length: Numbers in a row.
+        groups: How many numbers of a row stand together, in order: of a level, or of a tensor that crosses a cut.
         dtype: Number format of the rows.
         policy: Keras dtype policy of the network.
         backbone: Registry name.
@@ -92,7 +93,7 @@ class FrozenPass:
     network: Any
     forward: Callable[[Any], Any]
     kind: str
-    row_length: int
+    groups: tuple[int, ...]
     dtype: str
     policy: str
     backbone: str
@@ -128,7 +129,7 @@ class FrozenPass:
             network=core,
             forward=pooled,
             kind="pooled",
-            row_length=int(core.output_shape[-1]),
+            groups=groups_of(core),
             dtype="float32",
             backbone=backbone.name,
             on_the_way=cls.to_boundary(split, backbone, **how) if split else None,
@@ -149,13 +150,18 @@ class FrozenPass:
             network=split.prefix,
             forward=split.activations,
             kind=f"boundary:{block}",
-            row_length=split.boundary.row_length,
+            groups=split.boundary.lengths,
             dtype=split.boundary.dtype,
             backbone=backbone.name,
             all_or_nothing=True,
             phase="activations",
             **how,
         )
+
+    @property
+    def row_length(self) -> int:
+        """Numbers in a row."""
+        return sum(self.groups)
 
     def rows(self, images: ImageSource, path: Path) -> np.ndarray:
         """Return the rows of a split, each view of an image a row of its own; see `extract_rows`.
@@ -181,7 +187,7 @@ class FrozenPass:
                 images,
                 images.input_size,
                 self._identity(images),
-                self.row_length,
+                (*self.groups, *(self.on_the_way.groups if self.on_the_way else ())),
             )
         engine = getattr(self._engine, "name", "tensorflow")
         return extract_rows(

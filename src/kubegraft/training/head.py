@@ -147,7 +147,8 @@ class _HeadTraining:
             "weights_digest": self.weights_digest,
             "input_size": self.config.input_size,
             "head": {
-                name: getattr(self.config, name) for name in ("head", "hidden_units", "dropout", "batch_norm")
+                name: getattr(self.config, name)
+                for name in ("head", "features", "hidden_units", "dropout", "batch_norm")
             },
             "num_unfrozen_blocks": 0,
             "frozen_digest": frozen,

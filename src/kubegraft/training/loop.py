@@ -119,7 +119,8 @@ def train(
 ) -> History:
     """Train, and leave `trainable` with the weights of its best validation epoch, the start included.
 
-    An epoch is better if its validation accuracy is higher, or equal at a lower validation loss.
+    An epoch is better than another if its validation accuracy is higher, or equal at a lower validation loss. To
+    replace the start it must not be luck besides; see `surely_better`.
 
     Args:
         strategy: A `tf.distribute` strategy; `trainable` was built in its scope.
@@ -255,7 +256,8 @@ class _Run:
             **self.pace.measures(),
         }
         self.history.epochs.append({name: float(value) for name, value in result.items()})
-        if rank(result) > rank(self.history.best):
+        start, num_images = self.history.start, len(self.validation_source.labels)
+        if rank(result) > rank(self.history.best) and surely_better(result, start, num_images):
             self.history.best_epoch = self.epoch
             self._keep_best()
         self.elapsed_seconds = self.workers.share(self.pace.elapsed())
@@ -384,6 +386,27 @@ def rank(result: dict[str, float]) -> tuple[float, float]:
     """Return what validation results are compared by: accuracy, then loss."""
     loss = result["validation_loss"]
     return result["validation_accuracy"], -loss if math.isfinite(loss) else -math.inf
+
+
+def surely_better(result: dict[str, float], start: dict[str, float], num_images: int) -> bool:
+    """Whether validation results are better than those before training, by more than luck.
+
+    One image more that is right is no proof where the loss has grown: the loss tells finer, and training on few
+    images makes a model surer of its mistakes. So with a higher loss accuracy must gain more than a standard deviation
+    of what would come by chance if both were equally good: the number of images on which two models differ is at
+    most the sum of their mistakes, each for one or the other as a coin falls.
+
+    Args:
+        result: Validation results of an epoch.
+        start: Those before the first epoch.
+        num_images: Images in the validation split.
+    """
+    if rank(result) <= rank(start):
+        return False
+    if result["validation_loss"] <= start["validation_loss"] or not math.isfinite(start["validation_loss"]):
+        return True
+    mistakes = [(1 - each["validation_accuracy"]) * num_images for each in (start, result)]
+    return mistakes[0] - mistakes[1] > math.sqrt(sum(mistakes))
 
 
 def _assign(variables: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,7 +99,7 @@ class FeatureSource:
             gathered = tf.numpy_function(gather, (index, partner, share), tf.float32, stateful=False)
             return tf.ensure_shape(gathered, shape)
 
-        return steady(tf.data.Dataset.from_tensor_slices(parts).map(load))
+        return steady(tf.data.Dataset.from_tensor_slices(parts).map(as_it_is(load)))
 
     def write(self, target: np.ndarray, number: int) -> None:
         """Write features; see `FixedSource`."""
@@ -167,7 +167,7 @@ class ImageSource:
 
         examples = (index, partner, share, seeds.astype(np.int32), views)
         images = tf.data.Dataset.from_tensor_slices((absent, *examples) if absent.any() else examples).map(
-            load_or_fill if absent.any() else load,
+            as_it_is(load_or_fill if absent.any() else load),
             num_parallel_calls=usable_processors(),
             deterministic=True,
         )
@@ -231,6 +231,15 @@ class ImageSource:
             lambda: augment_image(image, of_view, tuple(self.transforms), self.strength),
             lambda: image,
         )
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function for `tf.data` that has no Python branches or loops on tensors, to be traced as it is.
+
+    To look for some in it, and in all that it calls, takes TensorFlow seconds at the start of every process.
+    """
+    traced: Callable[..., Any] = tf.autograph.experimental.do_not_convert(function)
+    return traced
 
 
 def steady(batches: Any) -> Any:

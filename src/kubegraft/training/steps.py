@@ -120,7 +120,7 @@ def _compiled(strategy: Any, replica_step: ReplicaStep) -> Callable[..., np.ndar
     """Return one step of all replicas, with their sums, as a graph."""
     workers = workers_of(strategy)
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(batch: Any, seed: Any, told: Any) -> Any:
         return _summed(strategy, replica_step, strategy.run(replica_step.compute, args=(batch, seed, told)))
 
@@ -232,7 +232,7 @@ class _ResidentSteps:
             inputs = _gathered(features, index, partner, numbers[3])
             return replica_step.compute((inputs, tuple(numbers)), seed, told)
 
-        @tf.function(reduce_retracing=True, jit_compile=compiled)
+        @tf.function(reduce_retracing=True, jit_compile=compiled, autograph=False)
         def steps(epoch: tuple[Any, ...], first: Any, last: Any, seed: Any, told: Any) -> Any:
             def body(step: Any, results: Any) -> tuple[Any, Any]:
                 row = tuple(array[step] for array in epoch)
@@ -332,7 +332,7 @@ def replica_steps(
     # XLA knows no collectives of MirroredStrategy: the gradients' sum stays outside, and a head with statistics of its
     # own, which replicas share, is left alone.
     by_xla = xla_wanted() and not trainable.state
-    compiled = tf.function(differentiate, jit_compile=True) if by_xla else differentiate
+    compiled = tf.function(differentiate, jit_compile=True, autograph=False) if by_xla else differentiate
 
     def train(batch: tuple[Any, Any], seed: Any, told: Any) -> Any:
         inputs, numbers = batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -41,7 +41,7 @@ def choose_engine(
     input_size: int,
     *,
     identity: str = "",
-    row_length: int | None = None,
+    groups: Sequence[int] = (),
     engine: str = "",
     verdicts: Verdicts | None = None,
 ) -> FrozenForward:
@@ -57,8 +57,8 @@ def choose_engine(
             Not called where the answer is known, so that a run that finds all rows in a cache decodes none.
         input_size: Side of the images in pixels.
         identity: Digest of what `forward` computes; see `FrozenGraph`.
-        row_length: Numbers of a row that are one thing; what follows is another, of another size maybe, and is compared
-            by itself. None where all are one.
+        groups: How many numbers of a row stand together, in order; each group is compared by itself, since groups may
+            differ in scale. Empty where all are one.
         engine: `auto`, or `litert` or `keras` to insist; "" for `$KUBEGRAFT_ENGINE`, or `auto` without it.
             Who insists on LiteRT still gets Keras where LiteRT can't run or differs.
         verdicts: Where findings are kept; this user's cache directory by default.
@@ -75,7 +75,7 @@ def choose_engine(
         return known
     if graph.num_bytes > _LARGEST_FLATBUFFER_BYTES:
         return _keras(graph, "the weights are larger than the 2 GiB that LiteRT's format holds")
-    return _tried(graph, images(), wanted, verdicts, row_length)
+    return _tried(graph, images(), wanted, verdicts, groups)
 
 
 def recallable(identity: str, verdicts: Verdicts | None = None) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def _known(graph: FrozenGraph, verdicts: Verdicts) -> FrozenForward | None:
 
 
 def _tried(
-    graph: FrozenGraph, images: np.ndarray, wanted: str, verdicts: Verdicts, row_length: int | None
+    graph: FrozenGraph, images: np.ndarray, wanted: str, verdicts: Verdicts, groups: Sequence[int]
 ) -> FrozenForward:
     try:
         flatbuffer = convert(graph)
@@ -139,8 +139,8 @@ def _tried(
         return _keras(graph, reason)
     keras = KerasForward(graph)
     expected = keras.forward(images)
-    whole = rows.shape[1] if row_length is None else row_length
-    difference = max(map(relative_difference, np.split(rows, [whole], 1), np.split(expected, [whole], 1)))
+    ends = np.cumsum(groups)[:-1]
+    difference = max(map(relative_difference, np.split(rows, ends, 1), np.split(expected, ends, 1)))
     if not difference <= TOLERANCE:
         reason = f"LiteRT differs from Keras by {difference:.1e}, more than {TOLERANCE:.0e}"
         verdicts.keep(_key(graph.digest), Verdict("keras", reason))
