@@ -85,6 +85,7 @@ def test_fine_tuning_moves_the_last_blocks_only_and_no_batch_norm(dataset, head,
 
     # Keep the last epoch whatever it is worth, so that there is something to see.
     monkeypatch.setattr(loop, "rank", lambda result: (result.get("epoch", -1.0),))
+    monkeypatch.setattr(loop, "surely_better", lambda result, start, num_images: True)
     fine_tune(dataset, head, tmp_path / "model", FineTuneConfig(**FINE_TUNE, learning_rate=1e-2))
     before = load_classifier(head).model
     after = load_classifier(tmp_path / "model").model

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -158,6 +159,8 @@ class SplitReader:
         self.labels = np.ascontiguousarray(self._index[:, 3]).astype(np.int32)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
+        # Not in `__del__`: what lives until the interpreter ends is deleted after the modules that it needs.
+        weakref.finalize(self, _close_all, self._descriptors).atexit = False
         self._paths: tuple[str, ...] | None = None
         self.num_read = 0
         self.failure: DataError | None = None
@@ -212,19 +215,13 @@ class SplitReader:
     def close(self) -> None:
         """Close the shards; reading opens them again."""
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            _close_all(self._descriptors)
 
     def __enter__(self) -> SplitReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
 
     def _descriptor(self, number: int) -> int:
         descriptor = self._descriptors.get(number)
@@ -261,3 +258,9 @@ class SplitReader:
             f"`{self._dir / name}` must be as ingest wrote it. Received: {received}. "
             "Ingest the images again, or restore the file from a copy."
         )
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    descriptors.clear()
