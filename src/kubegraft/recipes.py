@@ -28,7 +28,7 @@ _MOST_VARIED: Final = 200_000
 _EPOCHS_A_VIEW: Final = 4
 # Up to so many training images, features of several levels take a few GB at most.
 _MOST_WITH_LEVELS: Final = 200_000
-# Pooled features of the registered backbones have 512 to 2,560 numbers.
+# The last feature map of the registered backbones has 512 to 2,560 channels.
 _WEIGHTS_OF_A_CLASS: Final = 1000
 
 Config = TypeVar("Config", bound=TrainingConfig)

@@ -1,5 +1,7 @@
+import gc
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -86,6 +88,19 @@ def test_a_damaged_shard_is_named(dataset):
     shard.unlink()
     with pytest.raises(DataError, match=shard.name):
         reader.read(0)
+
+
+def test_shards_are_closed_with_their_reader(dataset):
+    directory, _ = dataset
+    manifest = load_manifest(directory)
+    reader = SplitReader(directory, manifest, "train")
+    reader.read(0)
+    (descriptor,) = reader._descriptors.values()
+    os.fstat(descriptor)
+    del reader
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 @pytest.mark.parametrize("name", ["train.index.npy", "train.sha256.npy"])

@@ -54,6 +54,26 @@ def test_rows_depend_neither_on_threads_nor_on_the_batch(small):
         np.testing.assert_array_equal(two.forward(images[index : index + 1])[0], together[index])
 
 
+def test_a_small_group_of_features_must_be_right_beside_a_large_one(small, tmp_path, monkeypatch):
+    forward, images = small
+
+    def scaled(given):
+        rows = forward(given)
+        return tf.concat([rows, 1e6 * rows], 1)
+
+    # Wrong by a hundredth in the first half, which is nothing beside the other.
+    right = LiteRtForward.forward
+    monkeypatch.setattr(
+        LiteRtForward,
+        "forward",
+        lambda self, given: right(self, given) * np.repeat([1.01, 1.0], 8).astype("f4"),
+    )
+    for groups, expected in (((8, 8), "keras"), ((), "litert")):
+        verdicts = Verdicts(tmp_path / expected)
+        chosen = choose_engine(scaled, lambda: images, 16, groups=groups, engine="litert", verdicts=verdicts)
+        assert chosen.name == expected
+
+
 def test_more_threads_than_workers_get_their_own_rows(small):
     forward, images = small
     engine = LiteRtForward(convert(FrozenGraph(forward, 16)), 16, num_threads=2)

@@ -11,6 +11,9 @@ from kubegraft.config import HeadConfig
 from kubegraft.errors import ConfigError
 from kubegraft.modeling.backbones import get_backbone
 from kubegraft.modeling.classifier import build_classifier, parts
+from kubegraft.modeling.engines import TOLERANCE, FrozenGraph, relative_difference
+from kubegraft.modeling.engines.keras_forward import KerasForward
+from kubegraft.modeling.engines.litert import LiteRtForward, convert
 from kubegraft.modeling.levels import groups_of, level_blocks
 from kubegraft.modeling.splitting import boundary_of, split_backbone
 
@@ -129,15 +132,37 @@ def test_levels_cross_a_cut_pooled(core: Any, images: Any, num_blocks: int) -> N
     np.testing.assert_allclose(split.feature_map(rows), core(images, training=False), rtol=1e-5, atol=1e-7)
 
 
-def test_half_precision_keeps_features_of_the_head_in_float32(images: Any) -> None:
-    core = parts(build(policy="mixed_bfloat16")).backbone
+def test_levels_are_averaged_in_float32_in_any_policy() -> None:
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 224, 224, 3)).astype(np.float32)
+    core = parts(build(policy="mixed_bfloat16", size=224)).backbone
+    ends = [core.get_layer(BACKBONE.blocks[block]).output for block in (3, 7, 11)]
+    *maps, found = keras.Model(core.input, [*ends, core.output])(pixels, training=False)
+    assert [each.dtype for each in (*maps, found)] == [tf.bfloat16] * 3 + [tf.float32]
+    _last, *levels = np.split(found.numpy(), np.cumsum(groups_of(core))[:-1], 1)
+    for level, each in zip(levels, maps, strict=True):
+        plain = tf.cast(each, tf.float32).numpy()
+        height, width = plain.shape[1] // 2, plain.shape[2] // 2
+        # The first quarter; of an odd side the middle too.
+        quarter = plain[:, : plain.shape[1] - height, : plain.shape[2] - width]
+        np.testing.assert_allclose(level[:, : plain.shape[3]], np.mean(quarter, (1, 2)), rtol=1e-4, atol=1e-6)
     split = split_backbone(core, BACKBONE, 4)
     assert split.boundary.dtype == "bfloat16"
-    rows = split.activations(images)
+    rows = split.activations(pixels)
     assert rows.dtype == tf.bfloat16
-    found = split.feature_map(rows)
-    assert found.dtype == tf.float32
-    np.testing.assert_allclose(found, core(images, training=False), rtol=0.05, atol=0.05)
+    halves = split.feature_map(rows)
+    assert halves.dtype == tf.float32
+    # Of what crosses, bfloat16 keeps eight bits.
+    np.testing.assert_allclose(halves, found, rtol=2**-7, atol=1e-5)
+
+
+def test_the_engine_answers_like_keras_at_a_usual_size() -> None:
+    core = parts(build(size=224)).backbone
+    graph = FrozenGraph(lambda pixels: core(pixels, training=False), 224)
+    smooth = tf.image.resize(np.random.default_rng(0).uniform(0, 255, (2, 8, 8, 3)), (224, 224)).numpy()
+    rows, expected = LiteRtForward(convert(graph), 224).forward(smooth), KerasForward(graph).forward(smooth)
+    ends = np.cumsum(groups_of(core))[:-1]
+    for found, wanted in zip(np.split(rows, ends, 1), np.split(expected, ends, 1), strict=True):
+        assert relative_difference(found, wanted) <= TOLERANCE
 
 
 def test_what_the_head_sees_must_be_chosen_before_building() -> None:

@@ -66,6 +66,14 @@ def test_small_pictures_get_a_small_input(side, expected):
     assert head(facts)[0].input_size == expected
 
 
+def test_heads_see_several_levels_unless_there_are_very_many_images():
+    many = dataclasses.replace(SIGNS, num_train=200_001)
+    assert head(dataclasses.replace(SIGNS, num_train=200_000))[0].features == "levels"
+    assert head(many)[0].features == "last"
+    assert head(many, HeadConfig(features="levels"))[0].features == "levels"
+    assert head(config=HeadConfig(features="last"))[0].features == "last"
+
+
 def test_imbalance_is_balanced():
     assert head(dataclasses.replace(SIGNS, largest_class=400))[0].class_weights == "balanced"
     assert head()[0].class_weights == "none"

@@ -210,7 +210,7 @@ def frozen_pass(cache, **options):
     return FrozenPass(
         strategy=make_strategy(),
         network=core,
-        forward=lambda images: pack(core(images, training=False)),
+        forward=lambda images: pack(core(images, training=False), "float32"),
         kind="pooled",
         groups=(int(np.prod(core.output_shape[1:])),),
         dtype="float32",

@@ -13,6 +13,7 @@ import tensorflow as tf
 from kubegraft.errors import ConfigError, DivergenceError, Interrupted
 from kubegraft.training import loop, steps
 from kubegraft.training.distribution import divisible_batch_size, make_strategy
+from kubegraft.training.history import History, surely_better
 from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.sources import FeatureSource
 from kubegraft.training.starvation import WatchedInput
@@ -209,6 +210,30 @@ def test_the_start_is_kept_if_no_epoch_beats_it(tmp_path):
         np.testing.assert_array_equal(variable.numpy(), array)
 
 
+@pytest.mark.parametrize(("smoothing", "best"), [(0.0, -1), (0.1, 1)])
+def test_an_epoch_that_may_be_luck_does_not_replace_the_start(tmp_path, monkeypatch, smoothing, best):
+    # Epoch by epoch one image more is right, at a higher loss each time.
+    results = iter(range(100))
+
+    def validate(_self):
+        number = next(results)
+        accuracy = (NUM_EXAMPLES - 20 + min(number, 2)) / NUM_EXAMPLES
+        return {"validation_accuracy": accuracy, "validation_loss": 0.1 + 0.1 * number}
+
+    monkeypatch.setattr(loop._Run, "_validate", validate)
+    history, _ = run(tmp_path / "c", num_epochs=9, patience=3, label_smoothing=smoothing, mixup_alpha=0.0)
+    assert history.best_epoch == best
+    # Patience counts from the highest accuracy, sure or not.
+    assert (len(history.epochs), history.highest_epoch) == (5, 1)
+
+
+def test_the_highest_epoch_is_the_first_of_the_best():
+    results = [{"validation_accuracy": each, "validation_loss": 1.0} for each in (0.5, 0.4, 0.6, 0.6)]
+    assert History(results[0], results[1:]).highest_epoch == 1
+    assert History(results[0], results[1:2]).highest_epoch == -1
+    assert History(results[0]).highest_epoch == -1
+
+
 @pytest.mark.parametrize(
     ("right", "loss", "expected"),
     [
@@ -225,7 +250,7 @@ def test_the_start_is_kept_if_no_epoch_beats_it(tmp_path):
 def test_what_replaces_the_start_is_no_luck(right, loss, expected):
     start = {"validation_accuracy": 182 / 184, "validation_loss": 0.1}
     result = {"validation_accuracy": right / 184, "validation_loss": loss}
-    assert loop.surely_better(result, start, 184) is expected
+    assert surely_better(result, start, 184) is expected
 
 
 @pytest.mark.parametrize(("right", "expected"), [(165, False), (170, True), (184, True)])
@@ -233,7 +258,7 @@ def test_a_clear_gain_replaces_the_start_at_any_loss(right, expected):
     # 22 mistakes: 7 fewer are more than the root of 22 + 15; 3 fewer are not.
     start = {"validation_accuracy": 162 / 184, "validation_loss": 0.1}
     result = {"validation_accuracy": right / 184, "validation_loss": 0.3}
-    assert loop.surely_better(result, start, 184) is expected
+    assert surely_better(result, start, 184) is expected
 
 
 def test_what_is_kept_are_the_averaged_weights_that_were_validated(tmp_path):

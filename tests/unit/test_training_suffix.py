@@ -21,7 +21,8 @@ from kubegraft.training.block_trials import Trial, try_depths
 from kubegraft.training.distribution import make_strategy
 from kubegraft.training.fine_tune import fine_tune
 from kubegraft.training.head import train_head
-from kubegraft.training.loop import History, LoopConfig, train
+from kubegraft.training.history import History
+from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.sources import ImageSource
 from kubegraft.training.suffix_data import SuffixData
 from kubegraft.training.trainables import HeadOnBackbone, HeadOnSuffix

@@ -79,7 +79,8 @@ def train_head(dataset: str, output: str, run_config: RunConfig, as_json: bool) 
 def fine_tune(dataset: str, model: str, output: str, run_config: RunConfig, as_json: bool) -> None:
     """Train the last blocks of the backbone further, at a lower rate.
 
-    The result is never worse on the validation split than MODEL: if no epoch beats it, it is kept.
+    The result is never worse on the validation split than MODEL: if no epoch beats it by
+    more than luck, it is kept.
     """
     from kubegraft.training.fine_tune import fine_tune as run
 

@@ -121,7 +121,7 @@ class _Export:
         return verify(
             exported,
             images,
-            expected_answers(model, images),
+            lambda: expected_answers(model, images),
             tolerance=self.config.tolerance,
             scratch=workspace.scratch,
         )

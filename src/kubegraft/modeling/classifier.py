@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import keras
 import numpy as np
 
+from kubegraft.config import AUTO_NAME, FEATURES
 from kubegraft.errors import ConfigError, ModelError
 from kubegraft.modeling.backbone import Backbone
 from kubegraft.modeling.construction import repeatable
@@ -35,7 +36,7 @@ __all__ = [
     "save_classifier",
 ]
 
-_FEATURES: Final = ("last", "levels")
+_FEATURES: Final = tuple(each for each in FEATURES if each != AUTO_NAME)
 # Below this share of the mean variance a feature counts as constant, and is only centred.
 _CONSTANT_SHARE: Final = 1e-6
 # No feature is scaled up by more than this share's root against the average one: what hardly varies in

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from kubegraft.modeling.backbone import Backbone
 
-_PREFIX: Final = "level_"
-_FEATURES: Final = "features"
+# Names of the layers that this adds: those that average, and the one that joins them.
+LEVEL_PREFIX: Final = "level_"
+FEATURES: Final = "features"
 _QUARTERS: Final = (1, 2, 3)
 _CELLS: Final = 2
 
@@ -33,7 +34,7 @@ def with_levels(core: Any, backbone: Backbone) -> Any:
 
     The last feature map is averaged, as usual. Of each earlier level the averages over the four quarters of the
     image are taken, which also tell where something is; or over the whole image, where four would be more
-    features than the last feature map has. So a vector is at most four times as long as without levels.
+    features than the last feature map has. So a vector is two to four times as long as without levels.
 
     Args:
         core: Keras model of the backbone, to its last feature map.
@@ -48,21 +49,22 @@ def with_levels(core: Any, backbone: Backbone) -> Any:
     layers = keras.layers
     most = int(core.output_shape[-1])
     outputs = {operation.name: operation.output for operation in core.operations}
-    found = [layers.GlobalAveragePooling2D(dtype="float32", name=f"{_PREFIX}last")(core.output)]
+    found = [layers.GlobalAveragePooling2D(dtype="float32", name=f"{LEVEL_PREFIX}last")(core.output)]
     for block in level_blocks(backbone.num_blocks):
-        name, tensor = f"{_PREFIX}{block}", outputs[backbone.blocks[block]]
+        name, tensor = f"{LEVEL_PREFIX}{block}", outputs[backbone.blocks[block]]
         height, width, channels = tensor.shape[1:]
         if min(height, width) < _CELLS or _CELLS**2 * channels > most:
-            found.append(layers.GlobalAveragePooling2D(name=name)(tensor))
+            found.append(layers.GlobalAveragePooling2D(dtype="float32", name=name)(tensor))
             continue
         # An odd side has its middle row in both halves.
         grid = layers.AveragePooling2D(
             (-(-height // _CELLS), -(-width // _CELLS)),
             (height // _CELLS, width // _CELLS),
+            dtype="float32",
             name=f"{name}_quarters",
         )(tensor)
-        found.append(layers.Flatten(name=name)(grid))
-    return keras.Model(core.input, layers.Concatenate(dtype="float32", name=_FEATURES)(found), name=core.name)
+        found.append(layers.Flatten(dtype="float32", name=name)(grid))
+    return keras.Model(core.input, layers.Concatenate(dtype="float32", name=FEATURES)(found), name=core.name)
 
 
 def groups_of(core: Any) -> tuple[int, ...]:
@@ -84,4 +86,4 @@ def has_levels(core: Any) -> bool:
 
 def reads_level(operation: Any) -> bool:
     """Whether an operation averages an earlier level: it has no weights, and belongs to no block."""
-    return str(operation.name).startswith(_PREFIX)
+    return str(operation.name).startswith(LEVEL_PREFIX)

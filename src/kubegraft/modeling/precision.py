@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from kubegraft.modeling.levels import FEATURES, LEVEL_PREFIX
+
 # Pixels keep their 256 levels, and what a loss or a user sees its precision, in any policy.
 FLOAT32_LAYERS: Final = frozenset(
-    {
-        "image",
-        "pixels",
-        "preprocess",
-        "resize",
-        "level_last",
-        "features",
-        "pool",
-        "standardise",
-        "logits",
-        "probabilities",
-    }
+    {"image", "pixels", "preprocess", "resize", FEATURES, "pool", "standardise", "logits", "probabilities"}
 )
 
 
@@ -49,8 +40,13 @@ def _layers(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for layer in described["config"].get("layers", ()):
         if "layers" in layer["config"]:
             yield from _layers(layer)
-        elif layer["config"].get("name") not in FLOAT32_LAYERS:
+        elif not _is_float32(layer["config"].get("name", "")):
             yield layer
+
+
+def _is_float32(name: str) -> bool:
+    # An average of many numbers in half precision is wrong by more than they are.
+    return name in FLOAT32_LAYERS or name.startswith(LEVEL_PREFIX)
 
 
 def _policy_name(described: dict[str, Any]) -> str | None:

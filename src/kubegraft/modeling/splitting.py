@@ -68,7 +68,7 @@ class SplitBackbone:
 
     def activations(self, pixels: Any) -> Any:
         """Return boundary activations `[batch, boundary.row_length]` of images `float32[batch, size, size, 3]`."""
-        return pack(self.prefix(pixels, training=False))
+        return pack(self.prefix(pixels, training=False), self.boundary.dtype)
 
     def on_the_way(self, core: Any) -> Callable[[Any], tuple[Any, Any]]:
         """Return a function from images to what the backbone returns and the boundary activations, in one pass.
@@ -82,7 +82,7 @@ class SplitBackbone:
 
         def both(pixels: Any) -> tuple[Any, Any]:
             *crossing, last = whole(pixels, training=False)
-            return last, pack(crossing)
+            return last, pack(crossing, self.boundary.dtype)
 
         return both
 
@@ -117,11 +117,13 @@ def boundary_of(core: Any, backbone: Backbone, num_blocks: int) -> Boundary:
     return _boundary(_crossing(core, backbone, num_blocks), num_blocks)
 
 
-def pack(tensors: Any) -> Any:
-    """Return tensors `[batch, ...]` as one row for each image, `[batch, row_length]`."""
+def pack(tensors: Any, dtype: str) -> Any:
+    """Return tensors `[batch, ...]` as one row for each image, `[batch, row_length]` of that number format."""
     import tensorflow as tf
 
-    rows = [tf.reshape(tensor, (-1, math.prod(tensor.shape[1:]))) for tensor in _listed(tensors)]
+    rows = [
+        tf.cast(tf.reshape(tensor, (-1, math.prod(tensor.shape[1:]))), dtype) for tensor in _listed(tensors)
+    ]
     return rows[0] if len(rows) == 1 else tf.concat(rows, 1)
 
 
@@ -138,7 +140,8 @@ def _listed(tensors: Any) -> Sequence[Any]:
 
 
 def _boundary(tensors: Sequence[Any], num_blocks: int) -> Boundary:
-    dtypes = {str(tensor.dtype) for tensor in tensors}
+    # Averages of levels are float32, but what there is most of decides.
+    dtypes = {str(tensor.dtype) for tensor in tensors if len(tensor.shape) > 2}
     shapes = tuple(tuple(int(side) for side in tensor.shape[1:]) for tensor in tensors)
     return Boundary(num_blocks, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
 

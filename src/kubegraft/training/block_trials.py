@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from kubegraft.reporting.events import log_event
-from kubegraft.training.loop import History, rank
+from kubegraft.training.history import History, rank
 
 # With fewer wrong answers on validation, which of two depths is better is a matter of luck.
 FEWEST_ERRORS: Final = 10

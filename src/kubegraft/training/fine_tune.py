@@ -69,7 +69,7 @@ def fine_tune(
 
     Where the number of blocks is open, deeper cuts are tried while they pay on validation.
     Batch norm stays frozen with its statistics. The epoch that is best on validation is kept; if none
-    beats the model that came in, that model is what comes out, and `kept` in the metadata says so.
+    beats the model that came in by more than luck, that model is what comes out, and `kept` in the metadata says so.
 
     Args:
         dataset_dir: Output of `ingest`.
@@ -164,7 +164,11 @@ class _FineTuning:
             self._rechoose("num_blocks", best.num_blocks, reason)
         kept = "fine_tuned" if best.history.best_epoch >= 0 else "head"
         if kept == "head":
-            log_event("fine_tune", "kept the model that came in", reason="no epoch beat it on validation")
+            log_event(
+                "fine_tune",
+                "kept the model that came in",
+                reason="no epoch beat it by more than luck",
+            )
         outcome = self._write(best, trials, kept)
         if self.workers.is_chief:
             shutil.copyfile(self.model_dir / HISTORY_FILE, self.workspace.staging / HEAD_HISTORY_FILE)

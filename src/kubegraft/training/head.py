@@ -33,8 +33,9 @@ from kubegraft.training.distribution import (
 )
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts, work_of
 from kubegraft.training.head_search import SearchData, search_head
+from kubegraft.training.history import History
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
-from kubegraft.training.loop import History, LoopConfig, train
+from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import require_images, write_model
 from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
 from kubegraft.training.shared_stage import run_shared_stage

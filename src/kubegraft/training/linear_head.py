@@ -19,7 +19,7 @@ from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 from kubegraft.training.softmax_regression import SoftmaxRegression, Solution, loss_and_correct
 
 if TYPE_CHECKING:
-    from kubegraft.training.loop import History
+    from kubegraft.training.history import History
     from kubegraft.training.sources import FeatureSource
 
 # From a head that hardly dares to answer to one that is nearly free; half a decade apart.
@@ -275,7 +275,7 @@ def history_of(fit: LinearFit, start: tuple[float, float]) -> History:
         fit: What was fitted.
         start: Validation loss and accuracy of the head before.
     """
-    from kubegraft.training.loop import History
+    from kubegraft.training.history import History
 
     return History(
         start={"validation_loss": start[0], "validation_accuracy": start[1]},

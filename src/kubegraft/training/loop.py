@@ -13,7 +13,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -27,6 +27,7 @@ from kubegraft.reporting.progress import Progress
 from kubegraft.training.batches import EpochBatches, epoch_batches
 from kubegraft.training.checkpoints import load_checkpoint, save_checkpoint
 from kubegraft.training.distribution import has_gpu, workers_of, xla_wanted
+from kubegraft.training.history import History, rank, surely_better
 from kubegraft.training.optimizer import GlobalAdamW, WarmUpCosine
 from kubegraft.training.pace import Pace
 from kubegraft.training.sources import Source
@@ -86,30 +87,6 @@ class LoopConfig:
     average_decay: float = 0.0
 
 
-@dataclass(slots=True)
-class History:
-    """What happened, epoch by epoch; `best_epoch` is -1 while nothing beats the start.
-
-    Attributes:
-        start: Validation results before the first epoch.
-        epochs: Results after each epoch; with the solver `lbfgs`, of each weight decay from strong to weak.
-        best_epoch: Index in `epochs` of what is kept.
-        stopped: Why it ended.
-        solver: `adamw` or `lbfgs`.
-    """
-
-    start: dict[str, float] = field(default_factory=dict)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = -1
-    stopped: str = ""
-    solver: str = "adamw"
-
-    @property
-    def best(self) -> dict[str, float]:
-        """Validation results of the model that is kept."""
-        return self.start if self.best_epoch < 0 else self.epochs[self.best_epoch]
-
-
 def train(
     strategy: Any,
     trainable: Trainable,
@@ -120,7 +97,7 @@ def train(
     """Train, and leave `trainable` with the weights of its best validation epoch, the start included.
 
     An epoch is better than another if its validation accuracy is higher, or equal at a lower validation loss. To
-    replace the start it must not be luck besides; see `surely_better`.
+    replace the start it must not be luck besides; see `history.surely_better`.
 
     Args:
         strategy: A `tf.distribute` strategy; `trainable` was built in its scope.
@@ -256,8 +233,7 @@ class _Run:
             **self.pace.measures(),
         }
         self.history.epochs.append({name: float(value) for name, value in result.items()})
-        start, num_images = self.history.start, len(self.validation_source.labels)
-        if rank(result) > rank(self.history.best) and surely_better(result, start, num_images):
+        if rank(result) > rank(self.history.best) and self._is_no_luck(result):
             self.history.best_epoch = self.epoch
             self._keep_best()
         self.elapsed_seconds = self.workers.share(self.pace.elapsed())
@@ -274,6 +250,12 @@ class _Run:
         if last or time.monotonic() - self.saved > _SAVE_SECONDS:
             self._save()
 
+    def _is_no_luck(self, result: dict[str, float]) -> bool:
+        # Trained towards other targets than the labels, a model's loss on them says less.
+        if self.config.label_smoothing or self.config.mixup_alpha:
+            return True
+        return surely_better(result, self.history.start, len(self.validation_source.labels))
+
     def _over_budget(self) -> bool:
         return 0 < self.config.time_budget_seconds <= self.elapsed_seconds
 
@@ -281,7 +263,7 @@ class _Run:
         if self._over_budget():
             return f"{OUT_OF_TIME} of {self.config.time_budget_seconds:g} s used up"
         if (
-            self.epoch - self.history.best_epoch >= self.config.patience
+            self.epoch - self.history.highest_epoch >= self.config.patience
             and self.epoch + 1 < self.config.num_epochs
         ):
             return f"no better validation result in {self.config.patience} epochs"
@@ -380,33 +362,6 @@ class _Run:
         self.history = History(**position["history"])
         log_event(self.config.phase, "continuing", epoch=self.epoch, step=self.step)
         return True
-
-
-def rank(result: dict[str, float]) -> tuple[float, float]:
-    """Return what validation results are compared by: accuracy, then loss."""
-    loss = result["validation_loss"]
-    return result["validation_accuracy"], -loss if math.isfinite(loss) else -math.inf
-
-
-def surely_better(result: dict[str, float], start: dict[str, float], num_images: int) -> bool:
-    """Whether validation results are better than those before training, by more than luck.
-
-    One image more that is right is no proof where the loss has grown: the loss tells finer, and training on few
-    images makes a model surer of its mistakes. So with a higher loss accuracy must gain more than a standard deviation
-    of what would come by chance if both were equally good: the number of images on which two models differ is at
-    most the sum of their mistakes, each for one or the other as a coin falls.
-
-    Args:
-        result: Validation results of an epoch.
-        start: Those before the first epoch.
-        num_images: Images in the validation split.
-    """
-    if rank(result) <= rank(start):
-        return False
-    if result["validation_loss"] <= start["validation_loss"] or not math.isfinite(start["validation_loss"]):
-        return True
-    mistakes = [(1 - each["validation_accuracy"]) * num_images for each in (start, result)]
-    return mistakes[0] - mistakes[1] > math.sqrt(sum(mistakes))
 
 
 def _assign(variables: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:

@@ -22,7 +22,7 @@ from kubegraft.modeling.classifier import model_digest, save_classifier
 from kubegraft.recipes import Choice
 from kubegraft.stage import Outcome, write_atomically
 from kubegraft.storage import public_uri
-from kubegraft.training.loop import History
+from kubegraft.training.history import History
 from kubegraft.training.workers import ALONE, Workers
 
 MODEL_SCHEMA: Final = 1
