@@ -39,10 +39,12 @@ def write_dataset(root: Path, per_class: int = 18) -> Path:
     return root / "dataset"
 
 
-def write_model(directory: Path, dataset_dir: Path, *, skill: float, **facts: object) -> Path:
+def write_model(
+    directory: Path, dataset_dir: Path, *, skill: float, features: str = "last", **facts: object
+) -> Path:
     """A model directory whose head was fitted to the training split; `skill` scales its logits."""
     manifest = load_manifest(dataset_dir)
-    options = HeadConfig(weights="imagenet", dropout=0.5, seed=1, features="levels")
+    options = HeadConfig(weights="imagenet", dropout=0.5, seed=1, features=features)
     model = build_classifier(get_backbone(options.backbone), INPUT_SIZE, manifest.classes, options)
     _fit_head(model, SplitReader(dataset_dir, manifest, "train"), skill)
     metadata = {

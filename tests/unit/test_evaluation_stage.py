@@ -132,14 +132,18 @@ def test_what_the_cache_holds_is_not_computed_again(paths, tmp_path, monkeypatch
     assert second.digest == first.digest == paths["result"].digest
 
 
-def test_a_fine_tuned_model_and_the_one_before_it_take_one_pass(paths, tmp_path, monkeypatch):
+@pytest.mark.parametrize("features", ["last", "levels"])
+def test_a_fine_tuned_model_and_the_one_before_it_take_one_pass(paths, tmp_path, monkeypatch, features):
     config = EvaluateConfig(num_bootstrap_samples=200)
-    tuned = write_model(tmp_path / "tuned", paths["dataset"], skill=1.0, num_unfrozen_blocks=2)
+    before = write_model(tmp_path / "before", paths["dataset"], skill=-1.0, features=features)
+    tuned = write_model(
+        tmp_path / "tuned", paths["dataset"], skill=1.0, features=features, num_unfrozen_blocks=2
+    )
     by_cache = {}
     for cache in ("none", str(tmp_path / "cache")):
         monkeypatch.setenv("KUBEGRAFT_CACHE", cache)
         output = tmp_path / f"evaluation-{len(by_cache)}"
-        by_cache[cache] = evaluate(paths["dataset"], tuned, output, config, paths["reference"])
+        by_cache[cache] = evaluate(paths["dataset"], tuned, output, config, before)
     without, cached = by_cache.values()
     num_test = cached.metrics["num_test"]
     assert cached.metrics["features_computed"] == cached.metrics["features_found"] == num_test

@@ -28,7 +28,7 @@ from tests.classifier_stages import NAMES, write_dataset, write_model
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
     dataset = write_dataset(root)
-    model = write_model(root / "model", dataset, skill=8)
+    model = write_model(root / "model", dataset, skill=8, features="levels")
     evaluation = root / "evaluation"
     evaluate(dataset, model, evaluation, EvaluateConfig(num_bootstrap_samples=10, num_worst_images=1))
     result = export(dataset, model, evaluation, root / "export", ExportConfig(num_verification_images=6))

@@ -43,7 +43,7 @@ BODY_LIMIT = 2**20
 def model_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("serving")
     dataset = write_dataset(root, per_class=6)
-    model = write_model(root / "trained", dataset, skill=8)
+    model = write_model(root / "trained", dataset, skill=8, features="levels")
     config = ExportConfig(formats=("saved_model",), num_verification_images=1)
     export(dataset, model, None, root / "model", config)
     return root / "model"
