@@ -168,7 +168,7 @@ def test_both_halves_are_the_whole_and_train_it(case: Case) -> None:
     pixels = np.random.default_rng(2).uniform(0, 255, (2, size, size, 3)).astype(np.float32)
     whole, gradients = answer_and_gradients(case, pixels, lambda given: case.core(given, training=False))
     activations = split.activations(pixels)
-    halves, of_suffix = answer_and_gradients(case, activations, split.feature_map)
+    halves, of_suffix = answer_and_gradients(case, activations, split.outputs)
     ends = np.cumsum(groups_of(case.core))[:-1]
     for half, level in zip(np.split(halves, ends, 1), np.split(whole, ends, 1), strict=True):
         assert_alike(half, level, "features")

@@ -129,7 +129,7 @@ def test_levels_cross_a_cut_pooled(core: Any, images: Any, num_blocks: int) -> N
     split = split_backbone(core, BACKBONE, num_blocks)
     rows = split.activations(images)
     assert rows.shape == (2, boundary.row_length)
-    np.testing.assert_allclose(split.feature_map(rows), core(images, training=False), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(split.outputs(rows), core(images, training=False), rtol=1e-5, atol=1e-7)
 
 
 def test_levels_are_averaged_in_float32_in_any_policy() -> None:
@@ -149,7 +149,7 @@ def test_levels_are_averaged_in_float32_in_any_policy() -> None:
     assert split.boundary.dtype == "bfloat16"
     rows = split.activations(pixels)
     assert rows.dtype == tf.bfloat16
-    halves = split.feature_map(rows)
+    halves = split.outputs(rows)
     assert halves.dtype == tf.float32
     # Of what crosses, bfloat16 keeps eight bits.
     np.testing.assert_allclose(halves, found, rtol=2**-7, atol=1e-5)

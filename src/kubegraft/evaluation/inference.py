@@ -79,5 +79,5 @@ def _halves(
     split = split_backbone(model_parts.backbone, backbone, num_unfrozen)
     return (
         FrozenPass.to_boundary(split, backbone, **how),
-        lambda rows: head.logits(model_parts.pool(split.feature_map(rows))),
+        lambda rows: head.logits(model_parts.pool(split.outputs(rows))),
     )

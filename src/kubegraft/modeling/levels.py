@@ -14,7 +14,7 @@ from kubegraft.modeling.backbone import Backbone
 
 # Names of the layers that this adds: those that average, and the one that joins them.
 LEVEL_PREFIX: Final = "level_"
-FEATURES: Final = "features"
+FEATURES_LAYER: Final = "features"
 _QUARTERS: Final = (1, 2, 3)
 _CELLS: Final = 2
 
@@ -64,7 +64,9 @@ def with_levels(core: Any, backbone: Backbone) -> Any:
             name=f"{name}_quarters",
         )(tensor)
         found.append(layers.Flatten(dtype="float32", name=name)(grid))
-    return keras.Model(core.input, layers.Concatenate(dtype="float32", name=FEATURES)(found), name=core.name)
+    return keras.Model(
+        core.input, layers.Concatenate(dtype="float32", name=FEATURES_LAYER)(found), name=core.name
+    )
 
 
 def groups_of(core: Any) -> tuple[int, ...]:
@@ -73,15 +75,10 @@ def groups_of(core: Any) -> tuple[int, ...]:
     Args:
         core: What `with_levels` or `Backbone.build` returned.
     """
-    if not has_levels(core):
+    if len(core.output_shape) > 2:  # a feature map
         return (int(core.output_shape[-1]),)
     operation = core.output._keras_history.operation
     return tuple(int(tensor.shape[-1]) for tensor in operation._inbound_nodes[0].input_tensors)
-
-
-def has_levels(core: Any) -> bool:
-    """Whether a backbone's output are features of several levels, not its last feature map."""
-    return len(core.output_shape) == 2
 
 
 def reads_level(operation: Any) -> bool:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from kubegraft.modeling.levels import FEATURES, LEVEL_PREFIX
+from kubegraft.modeling.levels import FEATURES_LAYER, LEVEL_PREFIX
 
 # Pixels keep their 256 levels, and what a loss or a user sees its precision, in any policy.
 FLOAT32_LAYERS: Final = frozenset(
-    {"image", "pixels", "preprocess", "resize", FEATURES, "pool", "standardise", "logits", "probabilities"}
+    {
+        "image",
+        "pixels",
+        "preprocess",
+        "resize",
+        FEATURES_LAYER,
+        "pool",
+        "standardise",
+        "logits",
+        "probabilities",
+    }
 )
 
 

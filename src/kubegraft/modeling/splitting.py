@@ -86,7 +86,7 @@ class SplitBackbone:
 
         return both
 
-    def feature_map(self, rows: Any) -> Any:
+    def outputs(self, rows: Any) -> Any:
         """Return what the backbone returns from boundary activations `[batch, boundary.row_length]`."""
         return self.suffix(unpack(rows, self.boundary), training=False)
 

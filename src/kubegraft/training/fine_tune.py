@@ -42,6 +42,7 @@ from kubegraft.training.loop import LoopConfig, train
 from kubegraft.training.outputs import (
     HEAD_HISTORY_FILE,
     HISTORY_FILE,
+    log_choices,
     require_images,
     write_model,
 )
@@ -136,8 +137,7 @@ class _FineTuning:
             self.config = dataclasses.replace(self.config, augmentation="none")
             self._rechoose("augmentation", "none", "one view of each image is kept: the image as it is")
         self.choices += plan_choices(self.plan, self.config.augmentation)
-        for choice in self.choices:
-            log_event("fine_tune", "choice", name=choice.name, value=choice.value, reason=choice.reason)
+        log_choices("fine_tune", self.choices)
         self.start = self.model.get_weights()
         self.counts, self.readers = PassCounts(), dict[str, SplitReader]()
         self.suffix_data = SuffixData(
@@ -160,15 +160,11 @@ class _FineTuning:
         self._use(best)
         if len(self.plan.trials) > 1:
             reason = reason_of(trials, self.plan.trials, ended)
-            log_event("fine_tune", "choice", name="num_blocks", value=best.num_blocks, reason=reason)
+            log_choices("fine_tune", [Choice("num_blocks", best.num_blocks, reason)])
             self._rechoose("num_blocks", best.num_blocks, reason)
         kept = "fine_tuned" if best.history.best_epoch >= 0 else "head"
         if kept == "head":
-            log_event(
-                "fine_tune",
-                "kept the model that came in",
-                reason="no epoch beat it by more than luck",
-            )
+            log_event("fine_tune", "kept the model that came in", reason="no epoch beat it by more than luck")
         outcome = self._write(best, trials, kept)
         if self.workers.is_chief:
             shutil.copyfile(self.model_dir / HISTORY_FILE, self.workspace.staging / HEAD_HISTORY_FILE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +21,6 @@ from kubegraft.modeling.freezing import freeze_backbone
 from kubegraft.modeling.splitting import SplitBackbone, boundary_of, split_backbone
 from kubegraft.modeling.weights import check_weights
 from kubegraft.recipes import Choice, resolve_fine_tune, resolve_head
-from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, write_atomically
 from kubegraft.storage import public_uri
 from kubegraft.training.distribution import (
@@ -36,7 +34,7 @@ from kubegraft.training.head_search import SearchData, search_head
 from kubegraft.training.history import History
 from kubegraft.training.linear_head import DECAYS, LinearProblem, fit_linear_head, history_of, measure
 from kubegraft.training.loop import LoopConfig, train
-from kubegraft.training.outputs import require_images, write_model
+from kubegraft.training.outputs import log_choices, require_images, write_model
 from kubegraft.training.plans import class_weights_of, loop_config, transforms_of
 from kubegraft.training.shared_stage import run_shared_stage
 from kubegraft.training.sources import FeatureSource, ImageSource
@@ -118,7 +116,7 @@ class _HeadTraining:
         self.readers: dict[str, SplitReader] = {}
         self.frozen_pass: FrozenPass | None = None
         self.config, self.choices = self._resolved(self.given)
-        _log(self.choices)
+        log_choices("train_head", self.choices)
 
     def _resolved(self, config: HeadConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
         # What was found is said as if the user had: the resolved config trains this head, without a search.
@@ -196,7 +194,7 @@ class _HeadTraining:
             class_weights=plan.class_weights,
         )
         found, searched = self._found(data, plan)
-        _log(searched)
+        log_choices("train_head", searched)
         self.config, choices = self._resolved(found)
         names = {choice.name for choice in searched}
         self.choices = (*searched, *(choice for choice in choices if choice.name not in names))
@@ -281,7 +279,7 @@ class _HeadTraining:
         return History(**said["history"])
 
     def _choose(self, choice: Choice) -> None:
-        _log([choice])
+        log_choices("train_head", [choice])
         self.choices = (*self.choices, choice)
 
     def _images(self, split: str, transforms: tuple[str, ...] = ()) -> ImageSource:
@@ -335,11 +333,6 @@ class _HeadTraining:
         """Give the head the mean and variance of the training features, as the chief's processor adds them up."""
         moments = dict(zip("mv", feature_moments(features), strict=True)) if self.workers.is_chief else None
         model_parts.set_standardisation(*self.workers.spread(moments).values())
-
-
-def _log(choices: Iterable[Choice]) -> None:
-    for choice in choices:
-        log_event("train_head", "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
 
 def _tuple_if_list(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -20,6 +20,7 @@ from kubegraft.data.manifest import Manifest
 from kubegraft.errors import TrainingError
 from kubegraft.modeling.classifier import model_digest, save_classifier
 from kubegraft.recipes import Choice
+from kubegraft.reporting.events import log_event
 from kubegraft.stage import Outcome, write_atomically
 from kubegraft.storage import public_uri
 from kubegraft.training.history import History
@@ -38,6 +39,12 @@ def require_images(manifest: Manifest) -> None:
                 f"`{split}` split must hold images. Received: {split}=0 images. Ingest more images, or raise the "
                 f"fraction that is held out for it."
             )
+
+
+def log_choices(phase: str, choices: Iterable[Choice]) -> None:
+    """Log each chosen value with its reason, as the report will show it."""
+    for choice in choices:
+        log_event(phase, "choice", name=choice.name, value=choice.value, reason=choice.reason)
 
 
 def write_model(

@@ -137,7 +137,7 @@ class HeadOnSuffix:
 
     def pooled(self, inputs: Any) -> Any:
         """Return pooled features `float32[batch, dim]` of boundary activations."""
-        return self._pool(self._split.feature_map(inputs))
+        return self._pool(self._split.outputs(inputs))
 
 
 def first_kept(rate: float) -> int:
