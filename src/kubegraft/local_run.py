@@ -27,6 +27,8 @@ from kubegraft.accelerators import require_accelerators_for_run
 from kubegraft.child_processes import StopRequest, stopping_children
 from kubegraft.config_file import to_values
 from kubegraft.errors import ConfigError, EnvironmentFault, Interrupted, KubegraftError
+from kubegraft.fork_server import ForkServer
+from kubegraft.preparation import PREPARATION, preparation_arguments, worth_preparing
 from kubegraft.processes import ERROR_FILE, RUN_PID_VARIABLE, WORK_DIR_VARIABLE
 from kubegraft.reporting import metrics
 from kubegraft.reporting.events import RUN_NAME_VARIABLE, log_event, run_name
@@ -43,10 +45,13 @@ from kubegraft.run_results import (
     write_summary,
 )
 from kubegraft.stage import FRESH_VARIABLE
+from kubegraft.stage_processes import stages_forked_by, start_server
 from kubegraft.unchanged import unchanged_summary
 
 _LOCK_FILE: Final = ".kubegraft-run"
 LOG_FILE: Final = "run.log"
+WORK_DIR: Final = "work"
+_PREPARATION_LOG: Final = "preparation.log"
 _CHECK_TASK: Final = "check-images"
 COMPILED_FILES: Final = {"cpu": "transfer_learning.yaml", "gpu": "transfer_learning_gpu.yaml"}
 _COMPILED_DIR: Final = Path(kubegraft.__file__).parent / "compiled"
@@ -94,8 +99,9 @@ def _run_and_publish(
     run_config: RunConfig, output_dir: Path, output: str, publish_uri: str, *, fresh: bool
 ) -> dict[str, Any]:
     started = time.monotonic()
-    pipeline = without_check(without_retries(load_pipeline()))
-    run_dir = _run(pipeline, run_config, output_dir, fresh=fresh)
+    with _ready_for_stages(run_config, output_dir, fresh=fresh) as server:
+        pipeline = without_check(without_retries(load_pipeline()))
+        run_dir = _run(pipeline, run_config, output_dir, server)
     results = read_results(run_dir)
     publish(run_dir, output_dir)
     summary = summarise(output, results, to_values(run_config), time.monotonic() - started)
@@ -266,18 +272,39 @@ def find_checkout() -> Path | None:
     return None
 
 
-def _run(pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, *, fresh: bool) -> Path:
+@contextlib.contextmanager
+def _ready_for_stages(run_config: RunConfig, output_dir: Path, *, fresh: bool) -> Iterator[ForkServer | None]:
+    """Set what stages inherit, and start what they are forked from, which first prepares what it can.
+
+    See `fork_server` and `preparation`.
+    """
+    work_dir = output_dir / WORK_DIR
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_variables(_for_stages(work_dir, fresh=fresh)))
+        server = start_server()
+        if server:
+            stack.callback(server.close)
+            if worth_preparing(run_config):
+                work_dir.mkdir(exist_ok=True)
+                arguments = preparation_arguments(run_config)
+                server.call_aside(PREPARATION, arguments, os.environ, work_dir / _PREPARATION_LOG)
+        yield server
+
+
+def _run(
+    pipeline: Callable[..., Any], run_config: RunConfig, output_dir: Path, server: ForkServer | None
+) -> Path:
     from kfp import local
 
     _hide_folder_named_docker()
-    pipeline_root, work_dir = output_dir / "kfp", output_dir / "work"
+    pipeline_root, work_dir = output_dir / "kfp", output_dir / WORK_DIR
     for directory in (pipeline_root, work_dir):
         directory.mkdir(exist_ok=True)
     before = {path.name for path in pipeline_root.iterdir()}
     (work_dir / ERROR_FILE).unlink(missing_ok=True)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
     with (
-        _variables(_for_stages(work_dir, fresh=fresh)),
+        stages_forked_by(server),
         RunLog(output_dir / LOG_FILE) as log,
         stopping_children() as stop,
         warnings.catch_warnings(),

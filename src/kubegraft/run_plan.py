@@ -16,7 +16,7 @@ from typing import Any, Final
 from kubegraft import storage
 from kubegraft.activation_plan import Cut, Limits, describe_cuts, plan_activations
 from kubegraft.config import AUTO
-from kubegraft.data.layout import read_layout
+from kubegraft.data.layout import Layout, read_layout
 from kubegraft.data.manifest import MANIFEST_FILE, SPLITS, load_manifest
 from kubegraft.data.sources import open_source
 from kubegraft.errors import ConfigError
@@ -122,6 +122,11 @@ def count_images(run_config: RunConfig) -> ImageCounts:
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(source, Path(scratch))
         layout = read_layout(opened.root, strip_top_folder=opened.is_archive)
+    return counts_of(layout, run_config)
+
+
+def counts_of(layout: Layout, run_config: RunConfig) -> ImageCounts:
+    """Return how many files each class and split has, before any is decoded."""
     usable = [file for file in layout.files if not file.reason]
     found = Counter((file.split or "train", file.label) for file in usable)
     given = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kubegraft.child_processes import descendants
 from kubegraft.stage import WORK_METRICS
 
 CONFIG = """
@@ -139,8 +140,16 @@ def test_a_stage_outlives_its_run_by_a_moment_only(image_folder, config, tmp_pat
     deadline = time.monotonic() + 60
     while not list(output.glob("work/ingest-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
+    below = descendants(run.pid)
+    assert below
     run.kill()
     run.wait()
-    time.sleep(3)
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(output) not in lines
+    deadline = time.monotonic() + 10
+    while any(map(is_running, below)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in below if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return state.stdout.strip()[:1] not in ("", "Z")

@@ -55,10 +55,11 @@ def toy(mode: str = "finish"):
     stage(mode=mode)
 
 
-def run(mode, output_dir, **options):
+def run(mode, output_dir):
     """What `run_locally` does once it has a pipeline."""
     output_dir.mkdir(exist_ok=True)
-    return local_run._run(lambda **_: toy(mode=mode), RunConfig(), output_dir, fresh=False, **options)
+    with local_run._ready_for_stages(RunConfig(), output_dir, fresh=False) as server:
+        return local_run._run(lambda **_: toy(mode=mode), RunConfig(), output_dir, server)
 
 
 def test_a_terminal_shows_stages_and_the_log_everything(tmp_path, capfd):

@@ -1,6 +1,7 @@
 """A frozen pass is answered alike by its engine and by Keras; what can't be is left to Keras."""
 
 import threading
+import time
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from kubegraft.modeling.engines import (
     recallable,
     relative_difference,
 )
+from kubegraft.modeling.engines import verdicts as verdicts_module
 from kubegraft.modeling.engines.litert import LiteRtForward, convert
 from kubegraft.modeling.engines.verdicts import Verdict, Verdicts
 
@@ -99,6 +101,66 @@ def test_a_verdict_is_found_again_and_gives_the_same_bits(small, tmp_path, capfd
     assert (again.name, again.digest) == (first.name, first.digest)
     np.testing.assert_array_equal(again.forward(images), first.forward(images))
     assert capfd.readouterr().err.count("engine: ") == 2
+
+
+def test_who_comes_while_an_engine_is_made_waits_and_finds_it(small, tmp_path, monkeypatch):
+    forward, images = small
+    converted, made, convert_ = [], [], choice.convert
+
+    def slowly(graph):
+        converted.append(graph)
+        time.sleep(0.5)
+        return convert_(graph)
+
+    monkeypatch.setattr(choice, "convert", slowly)
+    threads = [
+        threading.Thread(
+            target=lambda: made.append(
+                choose_engine(forward, lambda: images, 16, verdicts=Verdicts(tmp_path))
+            )
+        )
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(converted) == 1
+    assert len({engine.digest for engine in made}) == 1
+
+
+def test_a_lock_that_nobody_gives_back_is_waited_for_a_while_and_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(verdicts_module, "_SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(verdicts_module, "_LONGEST_WAIT_SECONDS", 0.3)
+    with Verdicts(tmp_path).deciding("key"), Verdicts(tmp_path).deciding("key"):
+        assert capfd.readouterr().err.count("another process makes this very engine") == 1
+
+
+def test_a_graph_that_calls_others_is_converted_too(small, tmp_path):
+    forward, images = small
+    called = tf.function(forward, autograph=False)
+    rows = LiteRtForward(convert(FrozenGraph(lambda given: called(given), 16)), 16).forward(images)
+    np.testing.assert_array_equal(rows, LiteRtForward(convert(FrozenGraph(forward, 16)), 16).forward(images))
+
+
+def test_a_variable_that_is_not_just_read_is_left_to_the_slower_way(small):
+    _, images = small
+    table = tf.Variable(np.arange(12, dtype=np.float32).reshape(4, 3))
+
+    def forward(given):
+        place = tf.cast(tf.reduce_mean(given, (1, 2, 3)), tf.int32) % 4
+        return tf.gather(table, place) + tf.reduce_mean(given, (1, 2))
+
+    expected = forward(tf.constant(images)).numpy()
+    rows = LiteRtForward(convert(FrozenGraph(forward, 16)), 16).forward(images)
+    np.testing.assert_allclose(rows, expected, rtol=1e-5)
+
+
+def test_a_captured_tensor_is_converted_with_its_value(small):
+    _, images = small
+    scale = tf.constant([1.0, 2.0, 3.0])
+    rows = LiteRtForward(convert(FrozenGraph(lambda given: tf.reduce_mean(given, (1, 2)) * scale, 16)), 16)
+    np.testing.assert_allclose(rows.forward(images), images.mean((1, 2)) * [1, 2, 3], rtol=1e-5)
 
 
 def test_a_damaged_flatbuffer_is_not_used(tmp_path):

@@ -45,6 +45,21 @@ def weights_available(backbone: Backbone) -> str:
     return "cached" if cached else "download"
 
 
+def weights_are_here(backbone: Backbone, weights: str, input_size: int) -> bool:
+    """Return whether `load_weights` needs no network.
+
+    Args:
+        backbone: A backbone.
+        weights: See `check_weights`.
+        input_size: Side in pixels; published weights may depend on it.
+    """
+    from kubegraft.storage import is_remote
+
+    if weights != IMAGENET or backbone.imagenet is None:
+        return not is_remote(weights)
+    return backbone.imagenet.for_size(input_size).cache_path.exists()
+
+
 def check_weights(
     backbone: Backbone, weights: str, weights_sha256: str = "", *, input_size: int | None = None
 ) -> str:

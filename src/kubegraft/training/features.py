@@ -59,6 +59,8 @@ def frozen_forward(
     input_size: int,
     identity: str = "",
     groups: Sequence[int] = (),
+    *,
+    undisturbed: bool = True,
 ) -> FrozenForward | Forward:
     """Return how a frozen pass is best computed on this machine.
 
@@ -69,6 +71,7 @@ def frozen_forward(
         input_size: Side of the images in pixels.
         identity: Digest of what `forward` computes; see `FrozenGraph`.
         groups: See `choose_engine`.
+        undisturbed: See `choose_engine`.
 
     Returns:
         An engine for a CPU; `forward` itself for GPUs or several replicas, where TensorFlow computes it.
@@ -89,7 +92,9 @@ def frozen_forward(
         images: np.ndarray = next(iter(source.inputs(batches, slice(0, 1), slice(None), count))).numpy()
         return images
 
-    found = choose_engine(forward, samples, input_size, identity=identity, groups=groups)
+    found = choose_engine(
+        forward, samples, input_size, identity=identity, groups=groups, undisturbed=undisturbed
+    )
     chosen = workers.share(found.name)  # a matter of timing; rows that train together come from one engine
     if found.name == chosen:
         return found

@@ -30,7 +30,7 @@ from kubegraft.reporting.events import log_event
 from kubegraft.stage import WORK_METRICS
 from kubegraft.training.distribution import has_gpu, num_local_replicas, workers_of
 from kubegraft.training.features import extract_rows, frozen_forward, recall_rows
-from kubegraft.training.sources import ImageSource
+from kubegraft.training.sources import FixedSource, ImageSource
 from kubegraft.training.workers import ALONE, Workers
 
 # Decoding, resizing and the views of images. Whoever changes a pixel that comes out of them changes the number.
@@ -180,15 +180,7 @@ class FrozenPass:
         recalled = self._recalled(images, path)
         if recalled is not None:
             return recalled
-        if self._engine is None:
-            self._engine = frozen_forward(
-                self.strategy,
-                self.forward,
-                images,
-                images.input_size,
-                self._identity(images),
-                (*self.groups, *(self.on_the_way.groups if self.on_the_way else ())),
-            )
+        self.prepare(images, images.input_size)
         engine = getattr(self._engine, "name", "tensorflow")
         return extract_rows(
             self.strategy,
@@ -201,6 +193,25 @@ class FrozenPass:
             known=_CachedRows(self, images, engine),
         )
 
+    def prepare(self, images: FixedSource, input_size: int, *, undisturbed: bool = True) -> None:
+        """Choose what computes the rows, unless that is done; see `frozen_forward`.
+
+        Args:
+            images: Some of them prove an engine.
+            input_size: Side of the images in pixels.
+            undisturbed: See `choose_engine`.
+        """
+        if self._engine is None:
+            self._engine = frozen_forward(
+                self.strategy,
+                self.forward,
+                images,
+                input_size,
+                self._identity(input_size),
+                (*self.groups, *(self.on_the_way.groups if self.on_the_way else ())),
+                undisturbed=undisturbed,
+            )
+
     def _recalled(self, images: ImageSource, path: Path) -> np.ndarray | None:
         """Return the rows if the cache has them all, without an engine: to convert and try one takes seconds.
 
@@ -209,7 +220,7 @@ class FrozenPass:
         alone = workers_of(self.strategy).alone and num_local_replicas(self.strategy) == 1
         if self._engine is not None or not self.cache.enabled or not alone or has_gpu():
             return None
-        for engine in recallable(self._identity(images)):
+        for engine in recallable(self._identity(images.input_size)):
             known = _CachedRows(self, images, engine)
             if not known.are_all_there():
                 continue
@@ -226,10 +237,10 @@ class FrozenPass:
             self.counts.num_found = num_found  # they are looked for once more
         return None
 
-    def _identity(self, images: ImageSource) -> str:
+    def _identity(self, input_size: int) -> str:
         """Return the digest of what `forward` computes."""
         kinds = "+".join([self.kind, *([self.on_the_way.kind] if self.on_the_way else [])])
-        return hashlib.sha256(f"{kinds} {images.input_size} {self._digest}".encode()).hexdigest()
+        return hashlib.sha256(f"{kinds} {input_size} {self._digest}".encode()).hexdigest()
 
     @functools.cached_property
     def _digest(self) -> str:

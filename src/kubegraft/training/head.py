@@ -16,19 +16,13 @@ from kubegraft.config import AUTO, FineTuneConfig, HeadConfig
 from kubegraft.data.manifest import Manifest, load_manifest
 from kubegraft.data.shards import SplitReader
 from kubegraft.modeling.backbones import Backbone, get_backbone
-from kubegraft.modeling.classifier import ClassifierParts, build_classifier, parts
-from kubegraft.modeling.freezing import freeze_backbone
-from kubegraft.modeling.splitting import SplitBackbone, boundary_of, split_backbone
+from kubegraft.modeling.classifier import ClassifierParts, parts
 from kubegraft.modeling.weights import check_weights
-from kubegraft.recipes import Choice, resolve_fine_tune, resolve_head
+from kubegraft.recipes import Choice
 from kubegraft.stage import Outcome, StageResult, Workspace, read_result, write_atomically
 from kubegraft.storage import public_uri
-from kubegraft.training.distribution import (
-    divisible_batch_size,
-    make_strategy,
-    precision_policy,
-    workers_of,
-)
+from kubegraft.training.distribution import make_strategy, workers_of
+from kubegraft.training.frozen_backbone import frozen_classifier, pass_to_features, resolved_head
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts, work_of
 from kubegraft.training.head_search import SearchData, search_head
 from kubegraft.training.history import History
@@ -43,8 +37,6 @@ from kubegraft.training.trainables import HeadOnBackbone, HeadOnFeatures
 from kubegraft.training.variables import digest_of_variables, require_unmoved
 
 _WARMUP_FRACTION: Final = 0.05
-# Of the cache's room, for what fine-tuning may or may not ask for.
-_ROOM_SHARE: Final = 0.25
 
 
 def train_head(
@@ -119,17 +111,7 @@ class _HeadTraining:
         log_choices("train_head", self.choices)
 
     def _resolved(self, config: HeadConfig) -> tuple[HeadConfig, tuple[Choice, ...]]:
-        # What was found is said as if the user had: the resolved config trains this head, without a search.
-        resolved, choices = resolve_head(
-            dataclasses.replace(config, search_seconds=0),
-            self.manifest.facts,
-            native_input_size=self.backbone.native_input_size,
-            accepted_input_size=self.backbone.accepted_input_size,
-            num_replicas=self.strategy.num_replicas_in_sync,
-        )
-        self.backbone.check_input_size(resolved.input_size)
-        batch_size = divisible_batch_size(resolved.batch_size, self.strategy.num_replicas_in_sync)
-        return dataclasses.replace(resolved, batch_size=batch_size), choices
+        return resolved_head(config, self.manifest.facts, self.backbone, self.strategy)
 
     def run(self) -> Outcome:
         model = self._built()
@@ -166,16 +148,7 @@ class _HeadTraining:
         )
 
     def _built(self) -> Any:
-        with self.strategy.scope():
-            model = build_classifier(
-                self.backbone,
-                self.config.input_size,
-                self.manifest.classes,
-                self.config,
-                policy=precision_policy(self.config.mixed_precision),
-            )
-        freeze_backbone(model)
-        return model
+        return frozen_classifier(self.config, self.manifest.classes, self.backbone, self.strategy)
 
     def _search(self, model_parts: ClassifierParts) -> None:
         """Replace the head of the config by the one that cross-validation prefers."""
@@ -290,12 +263,12 @@ class _HeadTraining:
 
     def _features(self, split: str, model_parts: ClassifierParts) -> FeatureSource:
         if self.frozen_pass is None:
-            self.frozen_pass = FrozenPass.to_pooled(
+            self.frozen_pass = pass_to_features(
                 model_parts,
                 self.backbone,
-                self._split_for_fine_tuning(model_parts),
+                (self.config, self.next_config),
+                self.manifest.facts,
                 strategy=self.strategy,
-                policy=precision_policy(self.config.mixed_precision),
                 cache=self.cache,
                 counts=self.counts,
             )
@@ -303,31 +276,6 @@ class _HeadTraining:
         return FeatureSource(
             self.frozen_pass.rows(source, self.workspace.scratch / f"{split}-features.npy"), source.labels
         )
-
-    def _split_for_fine_tuning(self, model_parts: ClassifierParts) -> SplitBackbone | None:
-        """Return the backbone cut where fine-tuning will cut it first.
-
-        What crosses the cut is on the way to the features. Kept now, it spares fine-tuning a pass through the frozen
-        blocks. None where much of the cache's room would go to it, it has another number format, or images will be
-        mixed, so that the whole network must train.
-        """
-        fine_tuning, _ = resolve_fine_tune(
-            self.next_config,
-            self.manifest.facts,
-            num_backbone_blocks=self.backbone.num_blocks,
-            num_backbone_parameters=self.backbone.num_parameters,
-        )
-        _, mixup_alpha = transforms_of(fine_tuning.augmentation)
-        if not 0 < fine_tuning.num_blocks < self.backbone.num_blocks or not self.cache.enabled or mixup_alpha:
-            return None
-        boundary = boundary_of(model_parts.backbone, self.backbone, fine_tuning.num_blocks)
-        num_images = sum(self.manifest.splits[split].num_images for split in ("train", "validation"))
-        if (
-            boundary.dtype != "float32"
-            or num_images * boundary.row_bytes > _ROOM_SHARE * self.cache.room_bytes()
-        ):
-            return None
-        return split_backbone(model_parts.backbone, self.backbone, fine_tuning.num_blocks)
 
     def _standardise(self, model_parts: ClassifierParts, features: np.ndarray) -> None:
         """Give the head the mean and variance of the training features, as the chief's processor adds them up."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,6 +15,7 @@ import tensorflow as tf
 
 from kubegraft.errors import ConfigError, suggestion
 from kubegraft.modeling.engines.interface import (
+    IMAGES_AT_ONCE,
     TOLERANCE,
     Forward,
     FrozenForward,
@@ -44,6 +47,7 @@ def choose_engine(
     groups: Sequence[int] = (),
     engine: str = "",
     verdicts: Verdicts | None = None,
+    undisturbed: bool = True,
 ) -> FrozenForward:
     """Return the engine for a frozen graph on this machine's processors, and say which and why.
 
@@ -62,6 +66,7 @@ def choose_engine(
         engine: `auto`, or `litert` or `keras` to insist; "" for `$KUBEGRAFT_ENGINE`, or `auto` without it.
             Who insists on LiteRT still gets Keras where LiteRT can't run or differs.
         verdicts: Where findings are kept; this user's cache directory by default.
+        undisturbed: Whether a trial says what it would say at any time. Else one that LiteRT loses is not kept.
 
     Raises:
         ConfigError: If there is no such engine.
@@ -71,11 +76,12 @@ def choose_engine(
     if wanted == "keras":
         return _keras(graph, "asked for")
     verdicts = verdicts or Verdicts()
-    if wanted == "auto" and (known := _known(graph, verdicts)):
-        return known
-    if graph.num_bytes > _LARGEST_FLATBUFFER_BYTES:
-        return _keras(graph, "the weights are larger than the 2 GiB that LiteRT's format holds")
-    return _tried(graph, images(), wanted, verdicts, groups)
+    with verdicts.deciding(_key(graph.digest)) if wanted == "auto" else contextlib.nullcontext():
+        if wanted == "auto" and (known := _known(graph, verdicts)):
+            return known
+        if graph.num_bytes > _LARGEST_FLATBUFFER_BYTES:
+            return _keras(graph, "the weights are larger than the 2 GiB that LiteRT's format holds")
+        return _Trial(graph, wanted, verdicts, groups, undisturbed).engine(images())
 
 
 def recallable(identity: str, verdicts: Verdicts | None = None) -> tuple[str, ...]:
@@ -121,41 +127,53 @@ def _known(graph: FrozenGraph, verdicts: Verdicts) -> FrozenForward | None:
     return made
 
 
-def _tried(
-    graph: FrozenGraph, images: np.ndarray, wanted: str, verdicts: Verdicts, groups: Sequence[int]
-) -> FrozenForward:
-    try:
-        flatbuffer = convert(graph)
-        litert = LiteRtForward(flatbuffer, graph.input_size)
-        rows = litert.forward(images)
-    # A converter raises anything for a graph it does not know, and an interpreter for an operation that it finds it
-    # can't run. Being without them costs speed, never a result.
-    except Exception as error:
-        reason = (
-            f"LiteRT can't run it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        )
-        if not isinstance(error, (OSError, MemoryError)):
-            verdicts.keep(_key(graph.digest), Verdict("keras", reason))
-        return _keras(graph, reason)
-    keras = KerasForward(graph)
-    expected = keras.forward(images)
-    ends = np.cumsum(groups)[:-1]
-    difference = max(map(relative_difference, np.split(rows, ends, 1), np.split(expected, ends, 1)))
-    if not difference <= TOLERANCE:
-        reason = f"LiteRT differs from Keras by {difference:.1e}, more than {TOLERANCE:.0e}"
-        verdicts.keep(_key(graph.digest), Verdict("keras", reason))
-        return _keras(graph, reason)
-    if wanted == "litert":
-        log_event("engine", "litert", reason="asked for", difference=difference, workers=litert.num_workers)
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What `choose_engine` was asked, where nothing is known yet."""
+
+    graph: FrozenGraph
+    wanted: str
+    verdicts: Verdicts
+    groups: Sequence[int]
+    undisturbed: bool
+
+    def engine(self, images: np.ndarray) -> FrozenForward:
+        """Return the engine that the images and the clock prefer, and keep the verdict."""
+        keras = KerasForward(self.graph)
+        try:
+            # TensorFlow prepares its first call in native code while the converter is busy in Python.
+            with ThreadPoolExecutor(1) as pool:
+                answers = pool.submit(keras.forward, images)
+                flatbuffer = convert(self.graph)
+            litert = LiteRtForward(flatbuffer, self.graph.input_size)
+            rows = litert.forward(images)
+        # A converter raises anything for a graph it does not know, and an interpreter for an operation that it finds it
+        # can't run. Being without them costs speed, never a result.
+        except Exception as error:
+            said = str(error).strip().partition(chr(10))[0][:200]
+            lasting = not isinstance(error, (OSError, MemoryError))
+            return self._lost(f"LiteRT can't run it: {type(error).__name__}: {said}", lasting=lasting)
+        difference = self._difference(rows, answers.result())
+        if not difference <= TOLERANCE:
+            return self._lost(f"LiteRT differs from Keras by {difference:.1e}, more than {TOLERANCE:.0e}")
+        found = "asked for"
+        if self.wanted == "auto":
+            ratio = _ratio(litert, keras, images)
+            found = f"{ratio:.1f} times as fast as Keras in a trial"
+            if ratio < _LEAST_RATIO:
+                return self._lost(f"LiteRT is {found}", lasting=self.undisturbed)
+            self.verdicts.keep(_key(self.graph.digest), Verdict("litert", found), flatbuffer)
+        log_event("engine", "litert", reason=found, difference=difference, workers=litert.num_workers)
         return litert
-    ratio = _ratio(litert, keras, images)
-    found = f"{ratio:.1f} times as fast as Keras in a trial"
-    if ratio < _LEAST_RATIO:
-        verdicts.keep(_key(graph.digest), Verdict("keras", f"LiteRT is {found}"))
-        return _keras(graph, f"LiteRT is {found}")
-    verdicts.keep(_key(graph.digest), Verdict("litert", found), flatbuffer)
-    log_event("engine", "litert", reason=found, difference=difference, workers=litert.num_workers)
-    return litert
+
+    def _difference(self, rows: np.ndarray, expected: np.ndarray) -> float:
+        ends = np.cumsum(self.groups)[:-1]
+        return max(map(relative_difference, np.split(rows, ends, 1), np.split(expected, ends, 1)))
+
+    def _lost(self, reason: str, *, lasting: bool = True) -> FrozenForward:
+        if lasting:
+            self.verdicts.keep(_key(self.graph.digest), Verdict("keras", reason))
+        return _keras(self.graph, reason)
 
 
 def _keras(graph: FrozenGraph, reason: str) -> FrozenForward:
@@ -170,8 +188,10 @@ def _keras(graph: FrozenGraph, reason: str) -> FrozenForward:
 def _ratio(litert: FrozenForward, keras: FrozenForward, images: np.ndarray) -> float:
     """Return the speed of one as a multiple of the other's; in turn, so that a busy machine slows both."""
     seconds = {id(litert): float("inf"), id(keras): float("inf")}
-    batch = np.concatenate([images] * litert.num_workers)
-    keras.forward(batch)  # TensorFlow prepares for each new shape
+    times = -(-litert.num_workers * IMAGES_AT_ONCE // len(images))
+    batch = np.concatenate([images] * times)
+    if times > 1:
+        keras.forward(batch)  # TensorFlow prepares for each new shape
     for _ in range(_TRIAL_ROUNDS):
         for each in (litert, keras):
             parts = np.array_split(batch, each.num_workers)

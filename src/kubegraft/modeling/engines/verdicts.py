@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from kubegraft.cache.location import cache_home
 from kubegraft.processors import processor_name, usable_processors
+from kubegraft.reporting.events import log_event
 from kubegraft.stage import write_atomically
 
 _BUDGET_BYTES: Final = 2**30
+_LONGEST_WAIT_SECONDS: Final = 120.0
+_SILENT_SECONDS: Final = 5.0
+_POLL_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,20 @@ class Verdicts:
                 return verdict, flatbuffer
         return None
 
+    @contextlib.contextmanager
+    def deciding(self, key: str) -> Iterator[None]:
+        """Within the block nobody else who uses this directory makes the same graph's engine; who comes later waits.
+
+        To make an engine takes seconds in which all of them would do the same. The lock ends with its process. Who has
+        waited for two minutes goes on without it, and so does everyone where there are no locks.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # read-only, or a file system without locks: each for itself
+                self._directory.mkdir(parents=True, exist_ok=True)
+                path = self._verdict_path(key).with_suffix(".lock")
+                _wait_for(stack.enter_context(path.open("w")), path)
+            yield
+
     def keep(self, key: str, verdict: Verdict, flatbuffer: bytes = b"") -> None:
         """Keep what was found, and let go of the flatbuffers that were not used for longest beyond 1 GiB."""
         with contextlib.suppress(OSError):
@@ -88,3 +109,18 @@ class Verdicts:
     def _verdict_path(self, key: str) -> Path:
         machine = hashlib.sha256(f"{processor_name()} {usable_processors()}".encode()).hexdigest()
         return self._directory / f"{key}-{machine[:12]}.json"
+
+
+def _wait_for(lock: IO[str], path: Path) -> None:
+    started, said = time.monotonic(), False
+    while (waited := time.monotonic() - started) < _LONGEST_WAIT_SECONDS:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if waited > _SILENT_SECONDS and not said:
+                log_event(
+                    "engine", "waiting", reason="another process makes this very engine", lock=str(path)
+                )
+                said = True
+            time.sleep(_POLL_SECONDS)
