@@ -79,7 +79,7 @@ class ForkServer:
     ) -> Iterator[Call | None]:
         """Run `python -m module arguments...` in a child; within the block its output can be read.
 
-        At the end of the block the child has ended; one whose output nobody reads any more ends when it prints.
+        The end of the block waits for that of the child; one whose output nobody reads any more ends when it prints.
 
         Args:
             module: Name of the module that becomes `__main__`.
@@ -112,14 +112,24 @@ class ForkServer:
     ) -> None:
         """Run `python -m module arguments...` in a child, and don't wait; it ends with the server.
 
+        Nothing is done while a call runs.
+
         Args:
             module: See `call`.
             arguments: See `call`.
             environment: See `call`.
             log: File for what it prints.
+
+        Raises:
+            OSError: If that can't be written.
         """
-        with self._taken, log.open("wb") as file:
-            self._ask(module, arguments, environment, file.fileno(), wait=False)
+        if not self._taken.acquire(blocking=False):
+            return
+        try:
+            with log.open("wb") as file:
+                self._ask(module, arguments, environment, file.fileno(), wait=False)
+        finally:
+            self._taken.release()
 
     def close(self) -> None:
         """End it, and what it runs."""
@@ -154,6 +164,10 @@ class ForkServer:
                 and self._ask(module, arguments, environment, writer, wait=True)
                 and self._read() == _RUNS
             )
+        except BaseException:  # a reply that nobody has read would be taken for the next one's
+            output.close()
+            self._hang_up()
+            raise
         finally:
             os.close(writer)
         if not runs:
@@ -259,10 +273,11 @@ class _Server:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._aside: set[int] = set()
+        self._pid = os.getpid()
 
     def module_of_child(self, modules: Sequence[str]) -> str:
         """Return what to become, in the child that was forked for an order; "" in the server, at its end."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             for module in modules:
                 importlib.import_module(module)
                 # What runs aside has somebody waiting for it, and imports what it lacks itself.
@@ -272,15 +287,21 @@ class _Server:
             while True:
                 if (child := self._serve()) is not None:
                     return child
-        return ""
+        except (BrokenPipeError, ConnectionResetError):  # the one who started it is gone
+            return ""
+        finally:
+            if os.getpid() == self._pid:
+                self._end_what_runs_aside()
+
+    def _end_what_runs_aside(self) -> None:
+        for pid in self._aside:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _serve(self) -> str | None:
         """Carry out one order; return a module in its child, and "" at the end of orders."""
         received = _received(self._channel)
         if received is None:
-            for pid in self._aside:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
             return ""
         order, output = received
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # until the child no longer ignores them

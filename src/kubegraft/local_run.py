@@ -285,9 +285,10 @@ def _ready_for_stages(run_config: RunConfig, output_dir: Path, *, fresh: bool) -
         if server:
             stack.callback(server.close)
             if worth_preparing(run_config):
-                work_dir.mkdir(exist_ok=True)
                 arguments = preparation_arguments(run_config)
-                server.call_aside(PREPARATION, arguments, os.environ, work_dir / _PREPARATION_LOG)
+                with contextlib.suppress(OSError):  # nothing depends on it
+                    work_dir.mkdir(exist_ok=True)
+                    server.call_aside(PREPARATION, arguments, os.environ, work_dir / _PREPARATION_LOG)
         yield server
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from kubegraft import storage
 from kubegraft.config import FineTuneConfig, HeadConfig, IngestConfig, from_arguments
 from kubegraft.errors import DataError, KubegraftError
+from kubegraft.machine_limits import usable_memory_bytes
 from kubegraft.processes import end_with_run
 from kubegraft.processors import usable_processors
 from kubegraft.run_config import RunConfig
@@ -33,24 +34,26 @@ if TYPE_CHECKING:
 PREPARATION: Final = "kubegraft.preparation"
 # As in `modeling.engines`, which imports TensorFlow.
 ENGINE_VARIABLE: Final = "KUBEGRAFT_ENGINE"
-# In more the seconds that are saved are none to speak of, and to list them twice takes as long.
+# With more files the seconds saved don't count, and to list them twice takes as long.
 _MOST_FILES: Final = 20_000
 _NUM_IMAGES: Final = 8
+_LEAST_MEMORY_BYTES: Final = 4 * 2**30
 
 
 def worth_preparing(run_config: RunConfig) -> bool:
     """Return whether there is something to gain.
 
-    A second processor, a folder whose images can be seen now, and an engine that is to be chosen.
+    A second processor, memory for a second backbone, an engine that is to be chosen, and a folder whose images can be
+    seen now.
     """
     source = run_config.ingest.source
-    if (
-        usable_processors() == 1
-        or storage.is_remote(source)
-        or (os.environ.get(ENGINE_VARIABLE) or "auto") != "auto"
-    ):
-        return False
-    return storage.local_path(source).is_dir()
+    return (
+        usable_processors() > 1
+        and usable_memory_bytes() >= _LEAST_MEMORY_BYTES
+        and (os.environ.get(ENGINE_VARIABLE) or "auto") == "auto"
+        and not storage.is_remote(source)
+        and storage.local_path(source).is_dir()
+    )
 
 
 def preparation_arguments(run_config: RunConfig) -> list[str]:
@@ -83,14 +86,19 @@ def main() -> None:
 def prepare(run_config: RunConfig) -> None:
     """Make the engine that `train_head` will choose for the images that `ingest` is going to find.
 
+    Nothing on GPUs, or with other workers: there TensorFlow computes features, and this process must not touch them.
+
     Raises:
         KubegraftError: What the stages of the run would raise.
     """
     import kubegraft.tensorflow_setup  # noqa: F401 - before TensorFlow
     from kubegraft.data.layout import read_layout
     from kubegraft.run_plan import counts_of
+    from kubegraft.training import cluster_spec, distribution
     from kubegraft.training.frozen_backbone import prepare_engine
 
+    if distribution.has_gpu() or cluster_spec.find_cluster():
+        return
     folder = storage.local_path(run_config.ingest.source)
     if sum(1 for _ in islice(folder.rglob("*"), _MOST_FILES)) == _MOST_FILES:
         return

@@ -96,7 +96,7 @@ def stop_requested() -> bool:
 def end_with_run() -> None:
     """End this process when the run named in `KUBEGRAFT_RUN_PID` is gone; without that variable do nothing.
 
-    `kfp.local` starts each stage behind a shell, so a killed run would leave its stage training on and
+    A stage hangs on its run by a shell or a fork server only, so a killed run would leave it training on and
     holding its lock. The work directory is written so that it can be left at any moment.
     """
     run_pid = os.environ.get(RUN_PID_VARIABLE)

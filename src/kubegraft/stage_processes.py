@@ -29,7 +29,6 @@ _MODULES: Final = (
 _EXECUTOR: Final = "kfp.dsl.executor_main"
 _SOURCE_FILE: Final = "ephemeral_component.py"
 
-
 # kfp then imports what a task needs, and nothing that makes pipelines.
 _IN_TASK: Final = {"_KFP_RUNTIME": "true"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 
-from kubegraft import local_run, run_results
+from kubegraft import local_run, run_results, stage_processes
 from kubegraft.child_processes import descendants
 from kubegraft.errors import ConfigError, DataError, Interrupted, KubegraftError
 from kubegraft.run_config import RunConfig
@@ -58,6 +58,7 @@ def toy(mode: str = "finish"):
 def run(mode, output_dir):
     """What `run_locally` does once it has a pipeline."""
     output_dir.mkdir(exist_ok=True)
+    stage_processes._MODULES = ("kfp.dsl.executor",)  # the toy needs no TensorFlow
     with local_run._ready_for_stages(RunConfig(), output_dir, fresh=False) as server:
         return local_run._run(lambda **_: toy(mode=mode), RunConfig(), output_dir, server)
 

@@ -44,10 +44,14 @@ def run(server, module, *arguments, **variables):
         return call.output.read(), call.wait()
 
 
-def gone(pid: int, seconds: float = 10) -> bool:
+def gone(pid: int, seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text():
+        try:
+            ended = ") Z " in Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            ended = True
+        if ended:
             return True
         time.sleep(0.05)
     return False
@@ -128,7 +132,14 @@ def test_who_stops_reading_leaves_nothing_for_the_next(server, module):
 
 def test_the_end_of_the_server_is_that_of_what_it_still_runs(module):
     server = ForkServer([PRELOADED])
-    name = module("import signal, time; print('up', flush=True); time.sleep(60)")
+    name = module(
+        """
+        import signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print('up', flush=True)
+        time.sleep(60)
+        """
+    )
     with server.call(name, (), os.environ) as call:
         call.output.readline()
         (child,) = children(server._process.pid)
@@ -155,6 +166,44 @@ def test_what_runs_aside_hinders_nobody_and_ends_with_the_server(module, tmp_pat
         time.sleep(0.05)
     server.close()
     assert gone(int(tmp_path.joinpath("log").read_text()))
+
+
+def test_what_runs_aside_ends_with_a_server_that_cannot_import(module, tmp_path):
+    module("import time; time.sleep(3)", "slow")  # until the order has come
+    server = ForkServer(["slow", "no_such_module_anywhere"])
+    aside = module("import os, time; print(os.getpid(), flush=True); time.sleep(60)", "aside")
+    server.call_aside(aside, (), os.environ, tmp_path / "log")
+    assert run(server, module("print('here')")) is None
+    server.close()
+    written = tmp_path.joinpath("log").read_text()
+    assert not written or gone(int(written))
+
+
+def test_nothing_runs_aside_of_a_call_or_without_a_log(server, module, tmp_path):
+    name = module("print('here')")
+    with server.call(name, (), os.environ) as call:
+        server.call_aside(name, (), os.environ, tmp_path / "log")
+        assert not tmp_path.joinpath("log").exists()
+        assert call.output.read() == "here\n"
+    with pytest.raises(OSError, match="directory"):
+        server.call_aside(name, (), os.environ, tmp_path)
+    assert run(server, name) == ("here\n", 0)
+
+
+def test_a_reply_that_was_not_read_is_not_taken_for_the_next(server, module, monkeypatch):
+    failing, read, replies = module("import sys; sys.exit(7)", "failing"), server._read, []
+
+    def interrupted():
+        replies.append(read())
+        if len(replies) == 2:
+            raise KeyboardInterrupt
+        return replies[-1]
+
+    monkeypatch.setattr(server, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt), server.call(failing, (), os.environ):
+        pytest.fail("must not be reached")
+    monkeypatch.undo()
+    assert run(server, module("print('here')", "next")) is None
 
 
 def test_a_server_does_not_outlive_whom_it_serves(module):

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kubegraft.errors import ConfigError
 from kubegraft.modeling.engines import (
+    IMAGES_AT_ONCE,
     TOLERANCE,
     FrozenGraph,
     choice,
@@ -130,7 +131,7 @@ def test_who_comes_while_an_engine_is_made_waits_and_finds_it(small, tmp_path, m
 
 
 def test_a_lock_that_nobody_gives_back_is_waited_for_a_while_and_said(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(verdicts_module, "_SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(verdicts_module, "_SILENT_SECONDS", -1.0)
     monkeypatch.setattr(verdicts_module, "_LONGEST_WAIT_SECONDS", 0.3)
     with Verdicts(tmp_path).deciding("key"), Verdicts(tmp_path).deciding("key"):
         assert capfd.readouterr().err.count("another process makes this very engine") == 1
@@ -158,9 +159,28 @@ def test_a_variable_that_is_not_just_read_is_left_to_the_slower_way(small):
 
 def test_a_captured_tensor_is_converted_with_its_value(small):
     _, images = small
-    scale = tf.constant([1.0, 2.0, 3.0])
-    rows = LiteRtForward(convert(FrozenGraph(lambda given: tf.reduce_mean(given, (1, 2)) * scale, 16)), 16)
-    np.testing.assert_allclose(rows.forward(images), images.mean((1, 2)) * [1, 2, 3], rtol=1e-5)
+    scale = (
+        np.random.default_rng(0).uniform(1, 2, (16, 16, 3)).astype(np.float32)
+    )  # small ones are no captures
+    captured = tf.constant(scale)
+    rows = LiteRtForward(convert(FrozenGraph(lambda given: tf.reduce_mean(given * captured, (1, 2)), 16)), 16)
+    np.testing.assert_allclose(rows.forward(images), (images * scale).mean((1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_workers", range(1, 9))
+def test_in_a_trial_every_worker_has_as_many_images_as_it_takes_at_once(num_workers):
+    class Engine:
+        def __init__(self, num_workers):
+            self.num_workers, self.sizes = num_workers, []
+
+        def forward(self, images):
+            self.sizes.append(len(images))
+            return images
+
+    litert, keras = Engine(num_workers), Engine(1)
+    choice._ratio(litert, keras, np.zeros((8, 2, 2, 3), np.float32))
+    assert set(litert.sizes) == {IMAGES_AT_ONCE}
+    assert set(keras.sizes) == {num_workers * IMAGES_AT_ONCE}
 
 
 def test_a_damaged_flatbuffer_is_not_used(tmp_path):

@@ -33,8 +33,9 @@ def fails(*_args, **_options):
 
 
 @pytest.fixture(autouse=True)
-def two_processors(monkeypatch):
+def large_machine(monkeypatch):
     monkeypatch.setattr(preparation, "usable_processors", lambda: 2)
+    monkeypatch.setattr(preparation, "usable_memory_bytes", lambda: 2**33)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -43,6 +44,7 @@ def test_what_is_prepared_is_what_the_head_looks_for(image_folder, tmp_path, mon
     if damaged:
         images.joinpath("class_0", "0.png").write_bytes(b"no image")
     run_config = config_for(images)
+    monkeypatch.setattr(choice, "_ratio", lambda *_: 2.0)  # on so small a network the clock may say anything
     prepare(run_config)
     monkeypatch.setattr(choice, "convert", fails)
     ingest(tmp_path / "dataset", run_config.ingest)
@@ -79,21 +81,26 @@ def test_an_engine_that_was_asked_for_needs_no_verdict(image_folder, monkeypatch
     assert not worth_preparing(config_for(image_folder()))
 
 
-@pytest.mark.parametrize("used", ["has_gpu", "find_cluster"])
+@pytest.mark.parametrize("used", ["distribution.has_gpu", "cluster_spec.find_cluster"])
 def test_neither_a_gpu_nor_a_cluster_is_touched(image_folder, monkeypatch, used):
-    monkeypatch.setattr(frozen_backbone, used, lambda: True)
+    monkeypatch.setattr(f"kubegraft.training.{used}", lambda: True)
+    monkeypatch.setattr(preparation, "_Images", fails)  # decoding alone would open the device
     monkeypatch.setattr(frozen_backbone, "make_strategy", fails)
     prepare(config_for(image_folder()))
 
 
-def test_a_trial_that_is_lost_beside_other_work_is_not_kept(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(choice, "_ratio", lambda *_: 0.8)
+@pytest.mark.parametrize(("ratio", "num_verdicts"), [(0.8, 0), (2.0, 1)])
+def test_a_trial_that_is_lost_beside_other_work_is_not_kept(
+    image_folder, tmp_path, monkeypatch, ratio, num_verdicts
+):
+    monkeypatch.setattr(choice, "_ratio", lambda *_: ratio)
     prepare(config_for(image_folder()))
-    assert not list(tmp_path.glob("machine/kubegraft/engines/*.json"))
+    assert len(list(tmp_path.glob("machine/kubegraft/engines/*.json"))) == num_verdicts
 
 
-def test_one_processor_has_no_time_for_it(image_folder, monkeypatch):
-    monkeypatch.setattr(preparation, "usable_processors", lambda: 1)
+@pytest.mark.parametrize("limit", [("usable_processors", 1), ("usable_memory_bytes", 2**31)])
+def test_a_small_machine_has_no_room_for_it(image_folder, monkeypatch, limit):
+    monkeypatch.setattr(preparation, limit[0], lambda: limit[1])
     assert not worth_preparing(config_for(image_folder()))
 
 

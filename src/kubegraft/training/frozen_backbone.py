@@ -21,8 +21,7 @@ from kubegraft.modeling.freezing import freeze_backbone
 from kubegraft.modeling.splitting import SplitBackbone, boundary_of, split_backbone
 from kubegraft.modeling.weights import weights_are_here
 from kubegraft.recipes import Choice, DatasetFacts, resolve_fine_tune, resolve_head
-from kubegraft.training.cluster_spec import find_cluster
-from kubegraft.training.distribution import divisible_batch_size, has_gpu, make_strategy, precision_policy
+from kubegraft.training.distribution import divisible_batch_size, make_strategy, precision_policy
 from kubegraft.training.frozen_pass import FrozenPass, PassCounts
 from kubegraft.training.plans import transforms_of
 from kubegraft.training.sources import FeatureSource
@@ -139,8 +138,7 @@ def prepare_engine(
 ) -> None:
     """Make, prove and keep the engine that `train_head` will look for, in a process of its own.
 
-    Where it is known already nothing is kept. Nothing is downloaded, and nothing done on GPUs or with other workers:
-    there TensorFlow computes features.
+    Where it is known already nothing is kept. Nothing is downloaded.
 
     Args:
         configs: Of the head and of fine-tuning.
@@ -151,8 +149,6 @@ def prepare_engine(
         KubegraftError: What `train_head` would raise.
     """
     config, next_config = configs
-    if has_gpu() or find_cluster():
-        return
     tensorflow_setup.setup(config.seed)
     strategy, backbone = make_strategy(), get_backbone(config.backbone)
     config, _ = resolved_head(config, facts, backbone, strategy)

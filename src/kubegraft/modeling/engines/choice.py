@@ -188,9 +188,10 @@ def _keras(graph: FrozenGraph, reason: str) -> FrozenForward:
 def _ratio(litert: FrozenForward, keras: FrozenForward, images: np.ndarray) -> float:
     """Return the speed of one as a multiple of the other's; in turn, so that a busy machine slows both."""
     seconds = {id(litert): float("inf"), id(keras): float("inf")}
-    times = -(-litert.num_workers * IMAGES_AT_ONCE // len(images))
-    batch = np.concatenate([images] * times)
-    if times > 1:
+    # As many as the workers take at once: LiteRT would fill up what is left over.
+    num_images = litert.num_workers * IMAGES_AT_ONCE
+    batch = np.concatenate([images] * -(-num_images // len(images)))[:num_images]
+    if len(batch) != len(images):
         keras.forward(batch)  # TensorFlow prepares for each new shape
     for _ in range(_TRIAL_ROUNDS):
         for each in (litert, keras):

@@ -85,7 +85,7 @@ def convert(graph: FrozenGraph) -> bytes:
         if constant is None:
             converter = tf.lite.TFLiteConverter.from_concrete_functions([traced])
         else:
-            # From a graph without variables, which the older class takes, the same flatbuffer comes in a quarter of the
+            # From a graph without variables, which the older class takes, an equal flatbuffer comes in a quarter of the
             # time: the newer one first rebuilds the whole graph in Python.
             converter = tf.compat.v1.lite.TFLiteConverter(constant, traced.inputs[:1], traced.outputs)
         flatbuffer: bytes = converter.convert()
