@@ -73,14 +73,15 @@ def _end_children(stop: StopRequest) -> None:
     while not stop._ended.is_set():
         for pid in descendants(os.getpid()) - asked:
             asked.add(pid)
-            _send(pid, signal.SIGTERM)
+            send(pid, signal.SIGTERM)
         if time.monotonic() >= stop._deadline:
             for pid in asked:
-                _send(pid, signal.SIGKILL)
+                send(pid, signal.SIGKILL)
         stop._ended.wait(_POLL_SECONDS)
 
 
-def _send(pid: int, number: signal.Signals) -> None:
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process, if it is still there."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 

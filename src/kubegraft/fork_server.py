@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
+from kubegraft.child_processes import descendants, send
+
 _READY: Final = b"ready\n"
 _RUNS: Final = b"runs\n"
 _FAILED: Final = b"failed\n"
@@ -133,17 +135,15 @@ class ForkServer:
 
     def close(self) -> None:
         """End it, and what it runs."""
-        children = _children(self._process.pid)
+        below = descendants(self._process.pid)
         self._hang_up()
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        for pid in below:
+            send(pid, signal.SIGTERM)
         try:
             self._process.wait(timeout=_GRACE_SECONDS)
         except subprocess.TimeoutExpired:  # it still imports, or waits for a child that does not stop
-            for pid in (*_children(self._process.pid), self._process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for pid in (*descendants(self._process.pid), self._process.pid):
+                send(pid, signal.SIGKILL)
             self._process.wait()
 
     def _hang_up(self) -> None:
@@ -206,12 +206,6 @@ class ForkServer:
             return b""
 
 
-def _children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError, ValueError):
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
-    return []
-
-
 class Call:
     """A child that runs.
 
@@ -249,7 +243,7 @@ def _run(module: str) -> int:
         code = 0
     except SystemExit as ending:
         code = _code_of(ending)
-    except BaseException:
+    except BaseException:  # whatever ends a main module: told as Python tells it, and in the exit code
         sys.excepthook(*sys.exc_info())
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
@@ -295,8 +289,7 @@ class _Server:
 
     def _end_what_runs_aside(self) -> None:
         for pid in self._aside:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
 
     def _serve(self) -> str | None:
         """Carry out one order; return a module in its child, and "" at the end of orders."""

@@ -1,4 +1,4 @@
-"""What a local run's first training needs, made beside `ingest`: `python -m kubegraft.preparation CONFIG`.
+"""What a local run's first training needs, made beside `ingest`: `python -m kubegraft.preparation PARAMETERS`.
 
 `ingest` waits for files where making an engine waits for one processor, so both take little longer than one of them.
 Nothing depends on it: what is prepared is found in this user's cache, and what is not there the stage makes itself.
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kubegraft import storage
-from kubegraft.config import FineTuneConfig, HeadConfig, IngestConfig, from_arguments
+from kubegraft.config import FineTuneConfig
 from kubegraft.errors import DataError, KubegraftError
 from kubegraft.machine_limits import usable_memory_bytes
 from kubegraft.processes import end_with_run
 from kubegraft.processors import usable_processors
-from kubegraft.run_config import RunConfig
+from kubegraft.run_config import RunConfig, from_parameters, pipeline_parameters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,27 +58,14 @@ def worth_preparing(run_config: RunConfig) -> bool:
 
 def preparation_arguments(run_config: RunConfig) -> list[str]:
     """Return the arguments with which this module, as a process, prepares a run."""
-    stages = ("ingest", "head", "fine_tune")
-    return [json.dumps({stage: dataclasses.asdict(getattr(run_config, stage)) for stage in stages})]
-
-
-def run_config_of(argument: str) -> RunConfig:
-    """Return the config that `preparation_arguments` wrote, as far as training depends on it."""
-    given = json.loads(argument)
-    return RunConfig(
-        seed=given["ingest"]["seed"],
-        mixed_precision=given["head"]["mixed_precision"],
-        ingest=from_arguments(IngestConfig, given["ingest"]),
-        head=from_arguments(HeadConfig, given["head"]),
-        fine_tune=from_arguments(FineTuneConfig, given["fine_tune"]),
-    )
+    return [json.dumps(pipeline_parameters(run_config))]
 
 
 def main() -> None:
     """Prepare, as a process of its own; whatever is wrong the run itself will say."""
     end_with_run()
     try:
-        prepare(run_config_of(sys.argv[1]))
+        prepare(from_parameters(json.loads(sys.argv[1])))
     except (KubegraftError, OSError) as error:
         sys.exit(f"Nothing was prepared: {error}")
 

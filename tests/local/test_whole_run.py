@@ -12,6 +12,7 @@ import pytest
 
 from kubegraft.child_processes import descendants
 from kubegraft.stage import WORK_METRICS
+from tests.watched_processes import wait_until_gone
 
 CONFIG = """
 seed: 7
@@ -144,12 +145,5 @@ def test_a_stage_outlives_its_run_by_a_moment_only(image_folder, config, tmp_pat
     assert below
     run.kill()
     run.wait()
-    deadline = time.monotonic() + 10
-    while any(map(is_running, below)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in below if is_running(pid)]
-
-
-def is_running(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return state.stdout.strip()[:1] not in ("", "Z")
+    for pid in below:
+        wait_until_gone(pid)

@@ -19,6 +19,7 @@ from kubegraft.errors import ConfigError, DataError, Interrupted, KubegraftError
 from kubegraft.run_config import RunConfig
 from kubegraft.run_log import RunLog, without_executor_echo
 from kubegraft.stage import Outcome, StageResult, run_stage
+from tests.watched_processes import is_alive, wait_until_gone
 
 
 @dsl.component(base_image="x:1", install_kfp_package=False)
@@ -143,20 +144,6 @@ def start(tmp_path):
         process.kill()
         process.wait()
         process.stderr.close()
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(pid):
-    deadline = time.monotonic() + 10
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(pid)
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kubegraft.child_processes import descendants
 from kubegraft.fork_server import ForkServer
+from tests.watched_processes import wait_until_gone
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks on Linux only")
 
@@ -42,19 +44,6 @@ def run(server, module, *arguments, **variables):
         if call is None:
             return None
         return call.output.read(), call.wait()
-
-
-def gone(pid: int, seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            ended = ") Z " in Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            ended = True
-        if ended:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_child_is_a_process_of_its_own_that_has_imported_already(server, module):
@@ -91,15 +80,11 @@ def test_signals_to_stop_are_for_children_not_for_the_server(server, module):
     name = module("import time; print('up', flush=True); time.sleep(60)")
     with server.call(name, (), os.environ) as call:
         assert call.output.readline() == "up\n"
-        for pid in (server._process.pid, *children(server._process.pid)):
+        for pid in (server._process.pid, *descendants(server._process.pid)):
             os.kill(pid, signal.SIGTERM)
         assert call.output.read() == ""
         assert call.wait() == -signal.SIGTERM
     assert run(server, module("print('here')", "after")) == ("here\n", 0)
-
-
-def children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def test_what_cannot_be_imported_is_no_error_but_no_server_either(module):
@@ -112,7 +97,7 @@ def test_the_end_of_the_server_is_the_end_of_a_call(server, module):
     name = module("import time; print('up', flush=True); time.sleep(60)")
     with server.call(name, (), os.environ) as call:
         call.output.readline()
-        (child,) = children(server._process.pid)
+        (child,) = descendants(server._process.pid)
         server._process.kill()
         os.kill(child, signal.SIGKILL)
         assert call.output.read() == ""
@@ -142,9 +127,9 @@ def test_the_end_of_the_server_is_that_of_what_it_still_runs(module):
     )
     with server.call(name, (), os.environ) as call:
         call.output.readline()
-        (child,) = children(server._process.pid)
+        (child,) = descendants(server._process.pid)
         server.close()
-    assert gone(child)
+    wait_until_gone(child, seconds=30)
     assert run(server, name) is None
 
 
@@ -165,7 +150,7 @@ def test_what_runs_aside_hinders_nobody_and_ends_with_the_server(module, tmp_pat
     while not tmp_path.joinpath("log").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     server.close()
-    assert gone(int(tmp_path.joinpath("log").read_text()))
+    wait_until_gone(int(tmp_path.joinpath("log").read_text()), seconds=30)
 
 
 def test_what_runs_aside_ends_with_a_server_that_cannot_import(module, tmp_path):
@@ -176,7 +161,8 @@ def test_what_runs_aside_ends_with_a_server_that_cannot_import(module, tmp_path)
     assert run(server, module("print('here')")) is None
     server.close()
     written = tmp_path.joinpath("log").read_text()
-    assert not written or gone(int(written))
+    if written:
+        wait_until_gone(int(written), seconds=30)
 
 
 def test_nothing_runs_aside_of_a_call_or_without_a_log(server, module, tmp_path):
@@ -223,4 +209,4 @@ def test_a_server_does_not_outlive_whom_it_serves(module):
     done = subprocess.run(
         [sys.executable, "-m", name], capture_output=True, text=True, check=True, timeout=60
     )
-    assert gone(int(done.stdout.split()[-1]))
+    wait_until_gone(int(done.stdout.split()[-1]), seconds=30)

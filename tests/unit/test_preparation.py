@@ -1,13 +1,15 @@
 """What is made beside `ingest` is what `train_head` looks for; where that can't be known nothing is made."""
 
+import json
+
 import pytest
 
 from kubegraft import preparation
 from kubegraft.config import FineTuneConfig, HeadConfig, IngestConfig
 from kubegraft.data.ingest import ingest
 from kubegraft.modeling.engines import choice
-from kubegraft.preparation import preparation_arguments, prepare, run_config_of, worth_preparing
-from kubegraft.run_config import RunConfig
+from kubegraft.preparation import preparation_arguments, prepare, worth_preparing
+from kubegraft.run_config import RunConfig, from_parameters
 from kubegraft.training import frozen_backbone
 from kubegraft.training.head import train_head
 
@@ -56,7 +58,7 @@ def test_what_is_prepared_is_what_the_head_looks_for(image_folder, tmp_path, mon
 
 def test_a_process_is_told_the_config_of_the_run(image_folder):
     run_config = config_for(image_folder(), head="mlp", hidden_units=(8, 4), mixed_precision="off")
-    told = run_config_of(*preparation_arguments(run_config))
+    told = from_parameters(json.loads(*preparation_arguments(run_config)))
     assert (told.ingest, told.head, told.fine_tune) == (
         run_config.ingest,
         run_config.head,
