@@ -109,7 +109,7 @@ def steps(options: argparse.Namespace, batch_size: int, *, compiled: bool) -> Ca
         layers = build_head(
             options.dim, options.classes, HeadConfig(head="mlp", hidden_units=(options.units,), dropout=0.2)
         )
-        head = HeadOnFeatures(HeadParts(layers), batch_size)
+        head = HeadOnFeatures(HeadParts(layers))
         optimizer = GlobalAdamW(
             WarmUpCosine(1e-3, 10**6, 100),
             variables=head.variables,

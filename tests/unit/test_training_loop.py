@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from kubegraft.errors import ConfigError, DivergenceError, Interrupted
-from kubegraft.training import loop, steps
+from kubegraft.training import loop, steps, xla_on_cpu
 from kubegraft.training.distribution import divisible_batch_size, make_strategy
 from kubegraft.training.history import History, surely_better
 from kubegraft.training.loop import LoopConfig, train
@@ -40,7 +40,7 @@ def head(plain: bool = False) -> tuple[HeadOnFeatures, list]:
     ]
     model = keras.Sequential(layers)
     model.build((None, NUM_FEATURES))
-    return HeadOnFeatures(SimpleNamespace(head_layers=layers), BATCH_SIZE), model
+    return HeadOnFeatures(SimpleNamespace(head_layers=layers)), model
 
 
 def config(**options) -> LoopConfig:
@@ -136,6 +136,21 @@ def test_steps_that_xla_compiles_train_alike(tmp_path, monkeypatch, compiled, pl
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "ours"), [("on", False, True), ("on", True, False), ("off", False, False)]
+)
+def test_a_large_batch_takes_the_forms_that_xla_is_fast_at_on_a_cpu(tmp_path, monkeypatch, wanted, gpu, ours):
+    _, expected = run(tmp_path / "usual", batch_size=64)
+    products, product = [], xla_on_cpu._product
+    monkeypatch.setattr(xla_on_cpu, "_product", lambda *args: products.append(args) or product(*args))
+    monkeypatch.setattr(steps, "has_gpu", lambda: gpu)
+    monkeypatch.setenv("KUBEGRAFT_XLA", wanted)
+    _, weights = run(tmp_path / "other", batch_size=64)
+    assert bool(products) is ours
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_head_on_features_is_compiled_by_xla_on_a_cpu(tmp_path, monkeypatch, compiled, gpu):
     monkeypatch.delenv("KUBEGRAFT_XLA", raising=False)
@@ -150,24 +165,48 @@ def test_xla_is_on_or_off(tmp_path, monkeypatch):
         run(tmp_path / "neither")
 
 
-@pytest.mark.parametrize("length", [5, 256])
-def test_dropout_keeps_as_many_as_it_says_and_does_not_move_the_mean(length):
-    head = HeadOnFeatures(SimpleNamespace(head_layers=[keras.layers.Dropout(0.3)]), 400)
-    position, seed = tf.range(400), tf.constant([3, 4])
-    rows = head.train_logits(tf.ones((400, length)), position, seed).numpy()
-    assert np.mean(rows == 0) == pytest.approx(0.3, abs=0.03)
-    assert rows.mean() == pytest.approx(1, abs=0.05)
-    usual = tf.random.stateless_uniform((400, length), seed, alg="philox").numpy() < 0.3
-    np.testing.assert_array_equal(rows == 0, usual)
-    few = head.train_logits(tf.ones((3, length)), position[7:10], seed).numpy()
-    np.testing.assert_array_equal(few, rows[7:10])
+def masks(rate: float, places: np.ndarray, width: int, steps: int, jit_compile: bool = False) -> np.ndarray:
+    """What dropout keeps, `bool[steps, places, width]`."""
+    layer = HeadOnFeatures(SimpleNamespace(head_layers=[keras.layers.Dropout(rate)]))
+    dropped = tf.function(layer.train_logits, jit_compile=jit_compile)
+    ones, position = tf.ones((len(places), width)), tf.constant(places, tf.int32)
+    outputs = np.stack([dropped(ones, position, tf.constant([3, step])).numpy() for step in range(steps)])
+    assert set(np.unique(outputs)) <= {np.float32(0), np.float32(1) / np.float32(1 - rate)}
+    return outputs > 0
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
+def test_dropout_keeps_as_many_as_it_says_wherever_one_looks(rate):
+    kept = masks(rate, np.arange(64), 48, 300)
+    deviation = np.sqrt(rate * (1 - rate))
+    for axes in [(0, 1, 2), (0, 1), (0, 2), (1, 2), (0,)]:
+        share = kept.mean(axes)
+        expected = deviation / np.sqrt(kept.size / share.size)
+        assert np.abs(share - (1 - rate)).max() < 5.5 * expected, axes
+        if share.size > 40:  # nor are they more equal than chance makes them
+            assert share.std() == pytest.approx(expected, rel=0.3), axes
+
+
+def test_masks_of_steps_places_and_units_have_nothing_in_common():
+    kept = (masks(0.3, np.arange(64), 48, 300) - 0.7) / np.sqrt(0.21)
+    for axis in range(3):
+        rows = np.moveaxis(kept, axis, 0).reshape(kept.shape[axis], -1)
+        correlations = rows @ rows.T / np.sqrt(rows.shape[1])
+        others = correlations[~np.eye(len(rows), dtype=bool)]
+        assert np.abs(others).max() < 5.5
+        assert others.std() == pytest.approx(1, rel=0.1)
+
+
+def test_a_mask_is_a_matter_of_the_place_whoever_computes_it():
+    whole = masks(0.3, np.arange(64), 48, 3)
+    np.testing.assert_array_equal(masks(0.3, np.arange(40, 50), 48, 3), whole[:, 40:50])
+    np.testing.assert_array_equal(masks(0.3, np.arange(64), 48, 3, jit_compile=True), whole)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.65, 0.9])
-def test_a_mask_keeps_what_a_comparison_of_fractions_would(rate):
+def test_a_mask_drops_a_share_of_all_numbers(rate):
     first = first_kept(rate)
-    fractions = np.array([first - 1, first], np.float32) / np.float32(2**23)
-    assert (fractions >= np.float32(rate)).tolist() == [False, True]
+    assert (first - 1) / 2**32 < rate <= first / 2**32
 
 
 def test_a_device_that_waits_for_its_input_is_told_once(capfd):

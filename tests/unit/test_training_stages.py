@@ -129,7 +129,7 @@ def test_the_saved_model_answers_like_the_loop(dataset, head):
 
     for index in range(3):
         image = decode_any(tf.constant(reader.read(index)))
-        in_loop = tf.nn.softmax(HeadOnBackbone(parts(loaded.model), 8).logits(resize(image, SIZE)[None]))
+        in_loop = tf.nn.softmax(HeadOnBackbone(parts(loaded.model)).logits(resize(image, SIZE)[None]))
         np.testing.assert_allclose(loaded.model(image[None]), in_loop, atol=1e-5)
 
 

@@ -100,11 +100,11 @@ def trained(way, dataset, head, directory, num_views, num_blocks=4):
         )
     )
     if way == "whole":
-        trainable = HeadOnBackbone(parts(model), BATCH_SIZE, multipliers)
+        trainable = HeadOnBackbone(parts(model), multipliers)
         sources = tuple(InTurns(each) for each in images)
     else:
         split, sources = SuffixData(strategy, model, BACKBONE, directory).sources(num_blocks, images)
-        trainable = HeadOnSuffix(parts(model), split, BATCH_SIZE, multipliers)
+        trainable = HeadOnSuffix(parts(model), split, multipliers)
     config = LoopConfig(
         phase="fine_tune",
         num_classes=3,
@@ -166,7 +166,7 @@ def test_a_cut_behind_a_trainable_block_is_refused(head):
     unfreeze_last_blocks(model, BACKBONE, 3)
     split = split_backbone(parts(model).backbone, BACKBONE, 2)
     with pytest.raises(ModelError, match="behind its cut"):
-        HeadOnSuffix(parts(model), split, BATCH_SIZE)
+        HeadOnSuffix(parts(model), split)
 
 
 def test_open_blocks_are_found_by_trials_and_told(found):

@@ -64,7 +64,7 @@ def _halves(
     Where all blocks were trained, the pass goes through them all: the model's own, which no other model shares.
     """
     model_parts, backbone = parts(loaded.model), get_backbone(loaded.metadata["backbone"])
-    head, num_unfrozen = HeadOnFeatures(model_parts, _BATCH_SIZE), loaded.metadata["num_unfrozen_blocks"]
+    head, num_unfrozen = HeadOnFeatures(model_parts), loaded.metadata["num_unfrozen_blocks"]
     how = {
         "strategy": tf.distribute.get_strategy(),
         "policy": "float32",

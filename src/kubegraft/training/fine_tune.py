@@ -232,16 +232,15 @@ class _FineTuning:
         self, num_blocks: int, multipliers: dict[str, float]
     ) -> tuple[HeadOnSuffix | HeadOnBackbone, tuple[Source, Source]]:
         transforms, _ = transforms_of(self.config.augmentation)
-        batch_size = self.config.batch_size
         if self.plan.way != "activations":
-            whole = HeadOnBackbone(parts(self.model), batch_size, multipliers)
+            whole = HeadOnBackbone(parts(self.model), multipliers)
             return whole, (self._images("train", transforms), self._images("validation"))
         images = (
             self._images("train", transforms, self.plan.num_views),
             self._images("validation", num_views=1),
         )
         split, sources = self.suffix_data.sources(num_blocks, images)
-        return HeadOnSuffix(parts(self.model), split, batch_size, multipliers), sources
+        return HeadOnSuffix(parts(self.model), split, multipliers), sources
 
     def _loop_config(self, num_blocks: int, seconds_left: float) -> LoopConfig:
         plan = loop_config(

@@ -195,7 +195,7 @@ class _HeadTraining:
         transforms, mixup_alpha = transforms_of(self.config.augmentation)
         trainable: HeadOnFeatures | HeadOnBackbone
         if transforms:
-            trainable = HeadOnBackbone(model_parts, self.config.batch_size)
+            trainable = HeadOnBackbone(model_parts)
             sources: tuple[Any, Any] = (self._images("train", transforms), self._images("validation"))
             self._choose(
                 Choice(
@@ -205,7 +205,7 @@ class _HeadTraining:
                 )
             )
         else:
-            trainable = HeadOnFeatures(model_parts, self.config.batch_size)
+            trainable = HeadOnFeatures(model_parts)
             sources = (train_features, self._features("validation", model_parts))
         plan = loop_config(
             self.config,

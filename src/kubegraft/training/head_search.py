@@ -221,7 +221,7 @@ def _mlp_score(
         plan = dataclasses.replace(plan, time_budget_seconds=left)
         with strategy.scope():
             layers = build_head(data.train.features.shape[1], data.num_classes, config)
-            trainable = HeadOnFeatures(HeadParts(layers), plan.batch_size)
+            trainable = HeadOnFeatures(HeadParts(layers))
         checkpoint.unlink(missing_ok=True)
         sources = (_part(data, inside), _part(data, outside))
         history = train(strategy, trainable, sources, plan, checkpoint)

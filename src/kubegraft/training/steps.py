@@ -26,6 +26,7 @@ from kubegraft.training.distribution import has_gpu, num_local_replicas, workers
 from kubegraft.training.sources import FeatureSource, Source, steady
 from kubegraft.training.starvation import WatchedInput
 from kubegraft.training.workers import ending_if_lost
+from kubegraft.training.xla_on_cpu import clipped, tracing_for_xla_on_cpu
 
 if TYPE_CHECKING:
     from kubegraft.training.loop import LoopConfig, Trainable
@@ -226,19 +227,30 @@ class _ResidentSteps:
         with strategy.scope() if mirrored else contextlib.nullcontext():
             features = tf.Variable(np.asarray(source.features), trainable=False, name="features")
 
-        def replica(row: tuple[Any, ...], seed: Any, told: Any) -> Any:
+        def replica(row: tuple[Any, ...], partner: Any, seed: Any, told: Any) -> Any:
             start = tf.distribute.get_replica_context().replica_id_in_sync_group * per_replica
-            index, partner, *numbers = (array[start : start + per_replica] for array in row)
-            inputs = _gathered(features, index, partner, numbers[3])
+
+            def own(array: Any) -> Any:
+                return tf.slice(array, [start], [per_replica])
+
+            index, *numbers = map(own, row)
+            inputs = tf.gather(features, index)
+            if partner is not None:
+                share = tf.reshape(numbers[3], [-1, *[1] * (len(inputs.shape) - 1)])
+                inputs = share * inputs + (1 - share) * tf.gather(features, own(partner))
             return replica_step.compute((inputs, tuple(numbers)), seed, told)
 
+        form = tracing_for_xla_on_cpu if compiled and not has_gpu() else contextlib.nullcontext
+
         @tf.function(reduce_retracing=True, jit_compile=compiled, autograph=False)
-        def steps(epoch: tuple[Any, ...], first: Any, last: Any, seed: Any, told: Any) -> Any:
+        def steps(epoch: tuple[Any, ...], partner: Any, first: Any, last: Any, seed: Any, told: Any) -> Any:
             def body(step: Any, results: Any) -> tuple[Any, Any]:
                 row = tuple(array[step] for array in epoch)
+                mixed_in = None if partner is None else partner[step]
                 key = seed + tf.stack([0, step])
-                sums = _summed(strategy, replica_step, strategy.run(replica, args=(row, key, told)))
-                return step + 1, results.write(step, sums)
+                with form():
+                    results_of_replicas = strategy.run(replica, args=(row, mixed_in, key, told))
+                return step + 1, results.write(step, _summed(strategy, replica_step, results_of_replicas))
 
             # As long as the epoch, whatever part of it is run: XLA knows no lengths that change.
             shape, num_steps = [replica_step.num_columns], epoch[0].shape[0]
@@ -256,8 +268,8 @@ class _ResidentSteps:
         tell: Callable[[], np.ndarray | None] = _nothing_to_tell,
     ) -> Iterator[np.ndarray]:
         """Run many steps a yield; see `Steps`."""
-        arrays = (batches.index, batches.partner, *_numbers(self._source, batches))
-        epoch = tuple(map(tf.constant, arrays))
+        epoch = tuple(map(tf.constant, (batches.index, *_numbers(self._source, batches))))
+        partner = tf.constant(batches.partner) if np.any(batches.share != 1) else None
         key = tf.constant(seed, tf.int32)
         while first < batches.num_steps:
             last = min(first + self._steps_a_call, batches.num_steps)
@@ -265,6 +277,7 @@ class _ResidentSteps:
             with ending_if_lost(self._workers):
                 sums = self._steps(
                     epoch,
+                    partner,
                     tf.constant(first),
                     tf.constant(last),
                     key,
@@ -280,17 +293,6 @@ class _ResidentSteps:
             self._steps_a_call *= 2
         elif seconds > 2 * _CALL_SECONDS:
             self._steps_a_call = max(1, self._steps_a_call // 2)
-
-
-def _gathered(features: Any, index: Any, partner: Any, share: Any) -> Any:
-    """Return the examples of a batch, mixed with their partners where mixup says so."""
-    own = tf.gather(features, index)
-    share = tf.reshape(share, [-1, *[1] * (len(own.shape) - 1)])
-    return tf.cond(
-        tf.reduce_all(share == 1),
-        lambda: own,
-        lambda: share * own + (1 - share) * tf.gather(features, partner),
-    )
 
 
 def _numbers(source: Source, batches: EpochBatches) -> tuple[np.ndarray, ...]:
@@ -342,7 +344,7 @@ def replica_steps(
         else:
             gradients, sums = summed_with_others(gradients, sums, told)
         if config.gradient_clip_norm:
-            gradients, _ = tf.clip_by_global_norm(gradients, config.gradient_clip_norm)
+            gradients = clipped(gradients, config.gradient_clip_norm)
         optimizer.apply(gradients, list(trainable.variables))
         optimizer.update_averages(trainable.variables)
         return sums

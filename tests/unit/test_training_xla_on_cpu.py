@@ -1,0 +1,86 @@
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kubegraft.training.xla_on_cpu import clipped, dense, tracing_for_xla_on_cpu
+
+DIM, UNITS = 24, 5
+
+
+def gradients_of(layer, inputs, ours):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = dense(layer, inputs) if ours else layer(inputs)
+        loss = tf.reduce_sum(tf.sin(outputs))
+    return outputs, *tape.gradient(loss, [layer.kernel.value, layer.bias.value, inputs])
+
+
+@pytest.fixture
+def layer():
+    keras.utils.set_random_seed(1)
+    made = keras.layers.Dense(UNITS, activation="relu", bias_initializer="random_normal")
+    made.build((None, DIM))
+    return made
+
+
+def compiled_gradients(layer, num_examples):
+    inputs = tf.random.stateless_normal([num_examples, DIM], [0, 1])
+
+    @tf.function(jit_compile=True)
+    def compiled(inputs):
+        with tracing_for_xla_on_cpu():
+            return gradients_of(layer, inputs, ours=True)
+
+    return compiled, inputs
+
+
+@pytest.mark.parametrize("num_examples", [1, 63, 64, 200])
+def test_a_dense_layer_and_its_gradients_are_those_of_keras(layer, num_examples):
+    compiled, inputs = compiled_gradients(layer, num_examples)
+    for found, expected in zip(compiled(inputs), gradients_of(layer, inputs, ours=False), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_examples", "apart"), [(63, False), (64, True)])
+def test_the_inputs_of_many_examples_are_transposed_before_they_are_multiplied(layer, num_examples, apart):
+    compiled, inputs = compiled_gradients(layer, num_examples)
+    program = compiled.experimental_get_compiler_ir(inputs)(stage="optimized_hlo")
+    of_kernel = re.findall(rf"f32\[{DIM},{UNITS}\]\S* dot\(.*lhs_contracting_dims={{(\d)}}", program)
+    assert of_kernel == ["1" if apart else "0"]
+
+
+def test_elsewhere_keras_computes_it(layer):
+    inputs = tf.random.stateless_normal([200, DIM], [0, 1])
+    outside = tf.function(lambda: gradients_of(layer, inputs, ours=True))
+    for found, expected in zip(outside(), gradients_of(layer, inputs, ours=False), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+@pytest.mark.parametrize("in_scope", [False, True])
+def test_gradients_are_clipped_as_tensorflow_clips_them(limit, in_scope):
+    shapes = [(16, 10), (7, 3), (5,), (3, 3, 4, 6), (1,), (24, 1)]
+    gradients = [tf.random.stateless_normal(shape, [1, n]) for n, shape in enumerate(shapes)]
+
+    @tf.function(jit_compile=True)
+    def compiled(gradients):
+        with tracing_for_xla_on_cpu():
+            return clipped(gradients, limit)
+
+    ours = compiled(gradients) if in_scope else clipped(gradients, limit)
+    for found, expected in zip(ours, tf.clip_by_global_norm(gradients, limit)[0], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_gradients_without_a_norm_become_nan(bad):
+    """So that the loop sees that it diverged, as with TensorFlow's."""
+    gradients = [tf.ones((8, 3)), tf.constant([1.0, bad, 2.0])]
+    with tracing_for_xla_on_cpu():
+        ours = clipped(gradients, 1.0)
+    for found, expected in zip(ours, tf.clip_by_global_norm(gradients, 1.0)[0], strict=True):
+        assert np.isnan(found).all()
+        assert np.isnan(expected).all()
