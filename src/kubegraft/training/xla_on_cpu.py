@@ -45,7 +45,7 @@ def dense(layer: Any, inputs: Any) -> Any:
     return layer.activation(_product(inputs, layer.kernel.value) + layer.bias)
 
 
-@tf.custom_gradient  # type: ignore[untyped-decorator]
+@tf.custom_gradient
 def _product(inputs: Any, kernel: Any) -> Any:
     def gradient(upstream: Any) -> tuple[Any, Any]:
         (transposed,) = xla.optimization_barrier(tf.transpose(inputs))
