@@ -140,6 +140,7 @@ def test_steps_that_xla_compiles_train_alike(tmp_path, monkeypatch, compiled, pl
     ("wanted", "gpu", "ours"), [("on", False, True), ("on", True, False), ("off", False, False)]
 )
 def test_a_large_batch_takes_the_forms_that_xla_is_fast_at_on_a_cpu(tmp_path, monkeypatch, wanted, gpu, ours):
+    monkeypatch.setenv("KUBEGRAFT_XLA", "off")
     _, expected = run(tmp_path / "usual", batch_size=64)
     products, product = [], xla_on_cpu._product
     monkeypatch.setattr(xla_on_cpu, "_product", lambda *args: products.append(args) or product(*args))
@@ -201,6 +202,14 @@ def test_a_mask_is_a_matter_of_the_place_whoever_computes_it():
     whole = masks(0.3, np.arange(64), 48, 3)
     np.testing.assert_array_equal(masks(0.3, np.arange(40, 50), 48, 3), whole[:, 40:50])
     np.testing.assert_array_equal(masks(0.3, np.arange(64), 48, 3, jit_compile=True), whole)
+
+
+def test_masks_of_steps_whose_first_keys_are_near_have_nothing_in_common_either(monkeypatch):
+    keys = iter([[7, 1], [8, 2]])
+    monkeypatch.setattr(tf.random, "stateless_uniform", lambda *_, **__: tf.constant(next(keys), tf.uint32))
+    one, other = (masks(0.5, np.arange(64), 48, 1)[0].ravel() * 2.0 - 1 for _ in range(2))
+    for shift in range(3):
+        assert abs((one[shift:] * other[: other.size - shift]).sum()) < 5 * np.sqrt(one.size), shift
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.65, 0.9])

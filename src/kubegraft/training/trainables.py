@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kubegraft.modeling.classifier import ClassifierParts, HeadParts
     from kubegraft.modeling.splitting import SplitBackbone
 
-# So many whole numbers an input's own is one of.
+# An input is dropped by a whole number below this.
 _NUMBERS: Final = 1 << 32
 
 
@@ -132,7 +132,7 @@ class HeadOnSuffix:
 
 
 def first_kept(rate: float) -> int:
-    """Return the smallest of the whole numbers below 2**32 whose 2**32nd part is not below `rate`, in [0, 1)."""
+    """Return the smallest whole number that is kept: below it lies a share of `rate`, in [0, 1), of all up to 2**32."""
     return math.ceil(rate * _NUMBERS)
 
 
@@ -150,11 +150,11 @@ def _dropout(inputs: Any, rate: float, position: Any, seed: Any) -> Any:
 
 
 def _hashed(position: Any, width: int, seed: Any) -> Any:
-    """Return a number of each input, `uint32[batch, width]`, uniform over all that there are.
+    """Return a number for each input, `uint32[batch, width]`, uniform in [0, 2**32).
 
-    TensorFlow's own generator, Philox, takes forty times as long under XLA, more than all matrix products of a step
-    with narrow layers. It draws the keys; the inputs are counted and mixed with them. Whole numbers are the same with
-    XLA and without.
+    To draw each from TensorFlow's own generator, Philox, takes forty times as long under XLA, as long as a good part
+    of a step's matrix products. It draws the keys; the inputs are counted and mixed with them. Whole numbers are the
+    same with XLA and without.
 
     Source:
         Counters in place of a state: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3". The mixing

@@ -1,4 +1,4 @@
-"""Parts of a training step in the form in which XLA is fast on a CPU.
+"""Parts of a training step in the form in which XLA is fast on a CPU: what `trainables` and `steps` call for them.
 
 `python -m benchmarks.head_loop` measures what they come to; ADR 13 has the numbers of each.
 """
@@ -32,7 +32,7 @@ def tracing_for_xla_on_cpu() -> Iterator[None]:
 
 
 def dense(layer: Any, inputs: Any) -> Any:
-    """Return what a `keras.layers.Dense` makes of `inputs`, `float32[batch, dim]`, in training.
+    """Return what a `keras.layers.Dense` makes of `inputs`, `[batch, dim]`, in training.
 
     The gradient of its kernel is `transpose(inputs) @ upstream`. XLA makes one product of both, which reads its first
     operand across the rows again and again: at 256 examples 1.3 ms, where transposing once takes 0.04 and the product
@@ -40,7 +40,7 @@ def dense(layer: Any, inputs: Any) -> Any:
     """
     examples = inputs.shape[0]
     pays = _tracing.get() and examples is not None and examples >= _MIN_EXAMPLES
-    if not pays or layer.compute_dtype != "float32":
+    if not (pays and inputs.dtype == layer.compute_dtype == "float32" and layer.use_bias):
         return layer(inputs, training=True)
     return layer.activation(_product(inputs, layer.kernel.value) + layer.bias)
 
