@@ -38,7 +38,7 @@ run: $(READY)  ## run the whole pipeline: make run [DATA=folder] [BACKBONE=name]
 	  $(if $(CONFIG),--config "$(CONFIG)") --output "$(OUTPUT)" $(ARGS)
 
 benchmark: $(READY)  ## compare with plain Keras and scikit-learn on idle cores, write docs/benchmarks.md: make benchmark DATA=folder
-	@$(BIN)/python -m benchmarks $(if $(DATA),"$(DATA)") $(ARGS)
+	@$(BIN)/python -m benchmarks $(if $(DATA),"$(DATA)") --large $(ARGS)
 
 # Without --max-worker-restart 0 pytest-xdist would wait for ever after a crash of a worker, which takes its files with
 # it. Files in their own order: else those with few tests, which are the slow ones, would come last, one at a time.

@@ -63,7 +63,12 @@ def _plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--test-fraction", default=0.3, show_default=True, help="Part that nobody chooses by.")
 @click.option("--no-bare", is_flag=True, help="Leave out the limits of this machine.")
 @click.option(
-    "--large", "with_large", is_flag=True, help="Also throughput and memory on many generated images."
+    "--large/--no-large",
+    "with_large",
+    default=False,
+    show_default=True,
+    help="Also throughput and memory on many generated images. Alone (--contestants ''), it leaves the other tables as "
+    "they are.",
 )
 @click.option("--large-images", default=5000, show_default=True, help="How many.")
 @click.option(
@@ -92,7 +97,7 @@ def benchmark(context: click.Context, /, **arguments: Any) -> None:
         raise click.UsageError(
             "`data` must be a folder of labelled images; only --contestants '' --large needs none."
         )
-    results = _results(options)
+    results = _results(options, kept=json_path if not names else None)
     if options.work_dir:
         options.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kubegraft-benchmark-", dir=options.work_dir) as work:
@@ -118,13 +123,17 @@ def _names(text: str) -> list[str]:
     return with_needed(given)
 
 
-def _results(options: SimpleNamespace) -> dict[str, Any]:
+def _results(options: SimpleNamespace, *, kept: Path | None) -> dict[str, Any]:
+    """Return results without records, or those of a file if it is there: of these only some are measured again."""
     facts, busy = machine.facts(), busy_cores()
     if busy > 0.1 * facts["cores"]:
         say(
             f"warning: {busy:.1f} of {facts['cores']} processors are busy, load average {os.getloadavg()[0]:.2f}. The "
             "numbers will be of a machine that does something else too. End that first, and start again."
         )
+    if kept and kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
     names = (
         *("backbone", "weights", "input_size", "num_blocks"),
         *("head_epochs", "tune_epochs", "all_epochs"),
@@ -145,6 +154,7 @@ def _results(options: SimpleNamespace) -> dict[str, Any]:
         "records": [],
         "bare": {},
         "large": [],
+        "large_machine": facts,
     }
 
 
@@ -170,6 +180,7 @@ def _stages(options: SimpleNamespace, names: list[str], work: Path, results: dic
         results["bare"] = _bare(options, work)
         yield
     if options.with_large:
+        results["large_machine"] = machine.facts()
         results["large"] = large.compare(work / "large", options.large_images, options.input_size, say)
         yield
 

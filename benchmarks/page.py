@@ -44,7 +44,11 @@ def render(results: Mapping[str, Any]) -> str:
     if results.get("bare"):
         parts += ["### Bare limits", _bare(results)]
     if results.get("large"):
+        where = results["large_machine"]
         parts += ["### Many images, random weights", _large(results["large"])]
+        parts += [
+            f"{where['processor']}, {where['cores']} cores; {where['date']}, {where['commit'] or 'unknown'}."
+        ]
     return "\n\n".join(parts)
 
 
@@ -76,7 +80,11 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
     busy = results["busy_cores_before"]
     if busy > 0.1 * cores:
         found.insert(0, f"{busy:.1f} of {cores} processors were busy before the benchmark began")
-    if results["machine"]["commit"].endswith("with changes"):
+    commits = [
+        results["machine"]["commit"],
+        *([results["large_machine"]["commit"]] if results.get("large") else []),
+    ]
+    if any(commit.endswith("with changes") for commit in commits):
         found.append("the checkout had changes that are in no commit")
     for record in (*results["records"], *results.get("large", ())):
         if record["failed"]:

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks import __main__ as benchmark_command
 from benchmarks.arithmetic import comparisons, mean, noise, overview, seconds_to
 from benchmarks.contest import (
     CONTESTANTS,
@@ -61,19 +63,22 @@ def ours(seed=0, last=0.98):
     return record("kubegraft-cold", events, seed=seed, head=0.95, fine_tuned=last, test=0.91)
 
 
+MACHINE = {
+    "processor": "A Processor",
+    "instructions": ["avx2"],
+    "cores": 2,
+    "memory_bytes": 2**34,
+    "gpus": [],
+    "python": "3.12",
+    "versions": {"keras": "3.15"},
+    "date": "2026-01-01 00:00 UTC",
+    "commit": "abc",
+}
+
+
 def results(records, **others):
     return {
-        "machine": {
-            "processor": "A Processor",
-            "instructions": ["avx2"],
-            "cores": 2,
-            "memory_bytes": 2**34,
-            "gpus": [],
-            "python": "3.12",
-            "versions": {"keras": "3.15"},
-            "date": "2026-01-01 00:00 UTC",
-            "commit": "abc",
-        },
+        "machine": MACHINE,
         "busy_cores_before": 0.0,
         "load_average_before": 0.1,
         "seeds": [0],
@@ -92,6 +97,7 @@ def results(records, **others):
         "records": records,
         "bare": {},
         "large": [],
+        "large_machine": MACHINE,
         **others,
     }
 
@@ -193,10 +199,13 @@ def test_limits_and_throughput_are_shown():
         "peak_memory_bytes": 2**30,
     }
     cold = {**ours(), "stage_seconds": {"train_head": 7.0}}
-    text = render(results([textbook(), cold], bare=bare, large=[row]))
+    later = {**MACHINE, "date": "2026-02-02 00:00 UTC", "commit": "def, with changes"}
+    text = render(results([textbook(), cold], bare=bare, large=[row], large_machine=later))
     assert "| frozen pass, litert | 100.0 images/s | 9.0 s | 0.8 times as long |" in text
     assert "7.0 s" in text
     assert "10.0 images/s" in text
+    assert "A Processor, 2 cores; 2026-02-02 00:00 UTC, def, with changes." in text
+    assert "changes that are in no commit" in text
 
 
 def test_every_contestant_is_explained_and_the_cold_run_comes_first():
@@ -325,3 +334,19 @@ def test_the_benchmark_runs_and_writes_its_page(photographs, tmp_path):
     assert set(first["validation_accuracy"]) == set(first["test_accuracy"]) == {"head", "fine_tuned"}
     assert seconds_to(first["events"], first["validation_accuracy"]["head"]) is not None
     assert "`features-logreg`" in (tmp_path / "page.md").read_text()
+
+
+def test_many_images_alone_leave_the_other_tables(tmp_path, monkeypatch):
+    (tmp_path / "page.json").write_text(json.dumps(results([textbook(), ours()])))
+    row = {"backbone": "b", "way": "fit", "num_images": 9, "failed": "", "seconds": 6.0, "work_seconds": 5.0}
+    row |= {"images_per_second": 1.8, "peak_memory_bytes": 2**30}
+    monkeypatch.setattr(benchmark_command.large, "compare", lambda *_: [row])
+    options = ["--contestants", "", "--large", "--page", str(tmp_path / "page.md")]
+    done = CliRunner().invoke(benchmark_command.benchmark, options)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "page.md").read_text()
+    assert "`kubegraft-cold`" in text
+    assert "| b | `fit` | 9 | 1.8 images/s |" in text
+    raw = json.loads((tmp_path / "page.json").read_text())
+    assert raw["machine"]["date"] == MACHINE["date"]
+    assert raw["large_machine"]["date"] > "2026-01-01"
