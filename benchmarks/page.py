@@ -106,19 +106,22 @@ def _facts(results: Mapping[str, Any]) -> str:
         ["GPUs", "; ".join(machine["gpus"]) or "none"],
         ["versions", f"Python {machine['python']}, {versions}"],
         ["date, commit", f"{machine['date']}, {machine['commit'] or 'unknown'}"],
-        ["images", f"{plan['data']}: {counts}, and {plan['num_new']} new ones for `kubegraft-1%`"],
-        [
-            "task",
-            f"{plan['backbone']}, weights {plan['weights']}, {plan['input_size']} pixels, last "
-            f"{plan['num_blocks']} blocks unfrozen; seeds {', '.join(map(str, results['seeds']))}",
-        ],
-        [
-            "epochs of the textbook",
-            f"frozen until three bring nothing ({plan['head_epochs']} at most), then {plan['tune_epochs']} "
-            f"({plan['all_epochs']} where all unfreezes)",
-        ],
         ["load average before", f"{results['load_average_before']:.2f}"],
     ]
+    if results["records"]:
+        rows[5:5] = [
+            ["images", f"{plan['data']}: {counts}, and {plan['num_new']} new ones for `kubegraft-1%`"],
+            [
+                "task",
+                f"{plan['backbone']}, weights {plan['weights']}, {plan['input_size']} pixels, last "
+                f"{plan['num_blocks']} blocks unfrozen; seeds {', '.join(map(str, results['seeds']))}",
+            ],
+            [
+                "epochs of the textbook",
+                f"frozen until three bring nothing ({plan['head_epochs']} at most), then {plan['tune_epochs']} "
+                f"({plan['all_epochs']} where all unfreezes)",
+            ],
+        ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 

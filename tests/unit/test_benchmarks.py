@@ -208,6 +208,13 @@ def test_limits_and_throughput_are_shown():
     assert "changes that are in no commit" in text
 
 
+def test_without_contestants_nothing_is_said_of_their_task():
+    text = render(results([]))
+    assert "| processor | A Processor, 2 cores (avx2) |" in text
+    assert "blocks unfrozen" not in text
+    assert "blocks unfrozen" in render(results([ours()]))
+
+
 def test_every_contestant_is_explained_and_the_cold_run_comes_first():
     assert set(MEANINGS) == set(CONTESTANTS)
     assert with_needed(["kubegraft-1%", "textbook"]) == ["textbook", "kubegraft-cold", "kubegraft-1%"]
