@@ -16,6 +16,7 @@ import click
 
 from kubegraft.cli.group import DebugOption
 from kubegraft.cli.options import SectionedCommand, input_argument
+from kubegraft.stage import write_atomically
 
 from . import large, machine, page
 from .contest import CONTESTANTS, NOT_BY_DEFAULT, Plan, compete, variables, with_needed
@@ -67,8 +68,8 @@ def _plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "with_large",
     default=False,
     show_default=True,
-    help="Also throughput and memory on many generated images. Alone (--contestants ''), it leaves the other tables as "
-    "they are.",
+    help="Also throughput and memory on many generated images. What is not measured, these or the contestants "
+    "(--contestants ''), keeps its results.",
 )
 @click.option("--large-images", default=5000, show_default=True, help="How many.")
 @click.option(
@@ -90,24 +91,44 @@ def benchmark(context: click.Context, /, **arguments: Any) -> None:
     page_path = options.page_path or (_DOCS if _DOCS.is_dir() else Path()) / "benchmarks.md"
     json_path = options.json_path or page_path.with_suffix(".json")
     if options.again:
-        page.write(page_path, json.loads(json_path.read_text(encoding="utf-8")))
+        page.write(page_path, _read(json_path))
         return
     names = _names(options.contestants)
-    if options.data is None and (names or not options.with_large):
+    if not names and not options.with_large:
+        raise click.UsageError("without `contestants` there must be `--large`. Received: neither.")
+    if names and options.data is None:
         raise click.UsageError(
-            "`data` must be a folder of labelled images; only --contestants '' --large needs none."
+            "`data` must be a folder of labelled images; only --contestants '' --large needs none. Received: no "
+            "`data`. With make: make benchmark DATA=folder"
         )
-    results = _results(options, kept=json_path if not names else None)
+    before = _read(json_path) if json_path.exists() else {}
+    if not before and page.has_tables(page_path):
+        raise click.UsageError(
+            f"`json-file` must hold the raw results of {page_path}, whose tables are written anew from them. "
+            f"Received: {json_path}, which is not there. Name another --page, or the file with --json-file."
+        )
+    results = _results(options, names, before)
     if options.work_dir:
         options.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kubegraft-benchmark-", dir=options.work_dir) as work:
         for _ in _stages(options, names, Path(work), results):
             json_path.parent.mkdir(parents=True, exist_ok=True)
-            json_path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_atomically(json_path, json.dumps(results, indent=1) + "\n")
     page.write(page_path, results)
     print(page.render(results))
     say(f"written: {page_path}, {json_path}")
-    context.exit(int(any(record["failed"] for record in (*results["records"], *results["large"]))))
+    measured = (*(results["records"] if names else ()), *(results["large"] if options.with_large else ()))
+    context.exit(int(any(record["failed"] for record in measured)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.UsageError(
+            f"`json-file` must hold a benchmark's raw results. Received: {path}: {error}. Move it away to start anew."
+        ) from error
+    return found
 
 
 def say(text: str) -> None:
@@ -123,18 +144,21 @@ def _names(text: str) -> list[str]:
     return with_needed(given)
 
 
-def _results(options: SimpleNamespace, *, kept: Path | None) -> dict[str, Any]:
-    """Return results without records, or those of a file if it is there: of these only some are measured again."""
+def _results(options: SimpleNamespace, names: list[str], before: dict[str, Any]) -> dict[str, Any]:
+    """Return results to fill; what is not measured now is kept from those before."""
     facts, busy = machine.facts(), busy_cores()
     if busy > 0.1 * facts["cores"]:
         say(
             f"warning: {busy:.1f} of {facts['cores']} processors are busy, load average {os.getloadavg()[0]:.2f}. The "
             "numbers will be of a machine that does something else too. End that first, and start again."
         )
-    if kept and kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
-    names = (
+    large_part = {"large": before.get("large", []), "large_run": before.get("large_run", {})}
+    if options.with_large:
+        large_run = {"machine": facts, "input_size": options.input_size}
+        large_part = {"large": [], "large_run": large_run}
+    if before and not names:
+        return before | large_part
+    plan_names = (
         *("backbone", "weights", "input_size", "num_blocks"),
         *("head_epochs", "tune_epochs", "all_epochs"),
     )
@@ -145,7 +169,7 @@ def _results(options: SimpleNamespace, *, kept: Path | None) -> dict[str, Any]:
         "load_average_before": round(os.getloadavg()[0], 2),
         "seeds": list(range(options.seeds)),
         "plan": {
-            **{name: getattr(options, name) for name in names},
+            **{name: getattr(options, name) for name in plan_names},
             "data": options.data.name if options.data else "none",
             "test_fraction": options.test_fraction,
             "counts": {},
@@ -153,8 +177,7 @@ def _results(options: SimpleNamespace, *, kept: Path | None) -> dict[str, Any]:
         },
         "records": [],
         "bare": {},
-        "large": [],
-        "large_machine": facts,
+        **large_part,
     }
 
 
@@ -180,7 +203,6 @@ def _stages(options: SimpleNamespace, names: list[str], work: Path, results: dic
         results["bare"] = _bare(options, work)
         yield
     if options.with_large:
-        results["large_machine"] = machine.facts()
         results["large"] = large.compare(work / "large", options.large_images, options.input_size, say)
         yield
 

@@ -150,11 +150,17 @@ def overview(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
+def name_of(record: Record) -> str:
+    """Return whose record it is: of a contestant and a seed, or of a backbone and a way."""
+    if "contestant" in record:
+        return f"{record['contestant']}, seed {record['seed']}"
+    return f"{record['backbone']} {record['way']}".strip()
+
+
 def noise(records: Sequence[Record], cores: int) -> list[str]:
     """Return a sentence for each record that shared the machine: more than a tenth of it was used by others."""
     return [
-        f"{record['contestant']}, seed {record['seed']}: {record['other_cores']:.1f} of {cores} processors were busy "
-        "with something else"
+        f"{name_of(record)}: {record['other_cores']:.1f} of {cores} processors were busy with something else"
         for record in records
         if record["other_cores"] > 0.1 * cores
     ]

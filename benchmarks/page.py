@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arithmetic import FIXED, comparisons, fixed_marks, mean, noise, overview
+from .arithmetic import FIXED, comparisons, fixed_marks, mean, name_of, noise, overview
 from .contest import CONTESTANTS, MEANINGS, NOT_BY_DEFAULT
 
 BEGIN = "<!-- begin: written by `make benchmark` -->"
@@ -43,13 +43,15 @@ def render(results: Mapping[str, Any]) -> str:
         parts += ["### Time to fixed accuracies", _fixed_marks(records)]
     if results.get("bare"):
         parts += ["### Bare limits", _bare(results)]
-    if results.get("large"):
-        where = results["large_machine"]
-        parts += ["### Many images, random weights", _large(results["large"])]
-        parts += [
-            f"{where['processor']}, {where['cores']} cores; {where['date']}, {where['commit'] or 'unknown'}."
-        ]
+    if rows := [row for row in results.get("large", ()) if not row["failed"]]:
+        parts += ["### Many images, random weights", _large(rows)]
+        parts += [_large_facts(run)] if (run := results.get("large_run")) else []
     return "\n\n".join(parts)
+
+
+def has_tables(path: Path) -> bool:
+    """Return whether a page has tables of an earlier benchmark."""
+    return path.exists() and BEGIN in path.read_text(encoding="utf-8")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,36 +77,36 @@ def _mib(value: float) -> str:
 
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
-    cores = results["machine"]["cores"]
-    found = noise(results["records"], cores)
-    busy = results["busy_cores_before"]
+    cores, busy, found = results["machine"]["cores"], results["busy_cores_before"], []
     if busy > 0.1 * cores:
-        found.insert(0, f"{busy:.1f} of {cores} processors were busy before the benchmark began")
-    commits = [
-        results["machine"]["commit"],
-        *([results["large_machine"]["commit"]] if results.get("large") else []),
-    ]
-    if any(commit.endswith("with changes") for commit in commits):
-        found.append("the checkout had changes that are in no commit")
+        found.append(f"{busy:.1f} of {cores} processors were busy before the benchmark began")
+    found += _disturbances("the contestants", results["machine"], results["records"])
+    if run := results.get("large_run"):
+        found += _disturbances("the many images", run["machine"], results["large"])
     for record in (*results["records"], *results.get("large", ())):
         if record["failed"]:
-            name = record.get("contestant") or f"{record['backbone']} {record['way']}".strip()
-            found.append(f"{name} failed, and is left out: {record['failed'].splitlines()[0]}")
+            found.append(f"{name_of(record)} failed, and is left out: {record['failed'].splitlines()[0]}")
     if not found:
         return []
     return ["**Not to be relied on:**\n\n" + "\n".join(f"- {line}" for line in found)]
 
 
+def _disturbances(what: str, machine: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = noise(records, machine["cores"])
+    if machine["commit"].endswith("with changes"):
+        found.append(f"the checkout that measured {what} had changes that are in no commit")
+    return found
+
+
 def _facts(results: Mapping[str, Any]) -> str:
     machine, plan = results["machine"], results["plan"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     counts = ", ".join(f"{number:,} {split}" for split, number in plan["counts"].items())
     instructions = ", ".join(machine["instructions"]) or "none of note"
     rows = [
         ["processor", f"{machine['processor']}, {machine['cores']} cores ({instructions})"],
         ["memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB"],
         ["GPUs", "; ".join(machine["gpus"]) or "none"],
-        ["versions", f"Python {machine['python']}, {versions}"],
+        ["versions", _versions(machine)],
         ["date, commit", f"{machine['date']}, {machine['commit'] or 'unknown'}"],
         ["load average before", f"{results['load_average_before']:.2f}"],
     ]
@@ -123,6 +125,11 @@ def _facts(results: Mapping[str, Any]) -> str:
             ],
         ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _versions(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"Python {machine['python']}, {versions}"
 
 
 def _contestants(records: Sequence[Mapping[str, Any]]) -> str:
@@ -245,6 +252,14 @@ def _ours(records: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | N
     return mean(stages), mean(epochs)
 
 
+def _large_facts(run: Mapping[str, Any]) -> str:
+    machine = run["machine"]
+    return (
+        f"{run['input_size']} pixels. {machine['processor']}, {machine['cores']} cores; {_versions(machine)}; "
+        f"{machine['date']}, {machine['commit'] or 'unknown'}."
+    )
+
+
 def _large(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(
         ["backbone", "way", "images", "rate", "work", "whole process", "peak memory"],
@@ -259,6 +274,5 @@ def _large(rows: Sequence[Mapping[str, Any]]) -> str:
                 _mib(row["peak_memory_bytes"]),
             ]
             for row in rows
-            if not row["failed"]
         ],
     )

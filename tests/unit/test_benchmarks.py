@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import __main__ as benchmark_command
+from benchmarks import large
 from benchmarks.arithmetic import comparisons, mean, noise, overview, seconds_to
 from benchmarks.contest import (
     CONTESTANTS,
@@ -97,7 +98,7 @@ def results(records, **others):
         "records": records,
         "bare": {},
         "large": [],
-        "large_machine": MACHINE,
+        "large_run": {},
         **others,
     }
 
@@ -197,15 +198,22 @@ def test_limits_and_throughput_are_shown():
         "work_seconds": 500.0,
         "images_per_second": 10.0,
         "peak_memory_bytes": 2**30,
+        "other_cores": 0.7,
     }
     cold = {**ours(), "stage_seconds": {"train_head": 7.0}}
-    later = {**MACHINE, "date": "2026-02-02 00:00 UTC", "commit": "def, with changes"}
-    text = render(results([textbook(), cold], bare=bare, large=[row], large_machine=later))
+    later = {**MACHINE, "date": "2026-02-02 00:00 UTC", "commit": "def with changes"}
+    run = {"machine": later, "input_size": 96}
+    text = render(results([textbook(), cold], bare=bare, large=[row], large_run=run))
     assert "| frozen pass, litert | 100.0 images/s | 9.0 s | 0.8 times as long |" in text
     assert "7.0 s" in text
     assert "10.0 images/s" in text
-    assert "A Processor, 2 cores; 2026-02-02 00:00 UTC, def, with changes." in text
-    assert "changes that are in no commit" in text
+    assert (
+        "96 pixels. A Processor, 2 cores; Python 3.12, keras 3.15; 2026-02-02 00:00 UTC, def with changes."
+        in text
+    )
+    assert "the checkout that measured the many images had changes that are in no commit" in text
+    assert "resnet50 fit: 0.7 of 2 processors were busy with something else" in text
+    assert "of the contestants" not in text
 
 
 def test_without_contestants_nothing_is_said_of_their_task():
@@ -343,17 +351,75 @@ def test_the_benchmark_runs_and_writes_its_page(photographs, tmp_path):
     assert "`features-logreg`" in (tmp_path / "page.md").read_text()
 
 
-def test_many_images_alone_leave_the_other_tables(tmp_path, monkeypatch):
-    (tmp_path / "page.json").write_text(json.dumps(results([textbook(), ours()])))
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The benchmark of many images, without measuring anything."""
     row = {"backbone": "b", "way": "fit", "num_images": 9, "failed": "", "seconds": 6.0, "work_seconds": 5.0}
-    row |= {"images_per_second": 1.8, "peak_memory_bytes": 2**30}
+    row |= {"images_per_second": 1.8, "peak_memory_bytes": 2**30, "other_cores": 0.0}
     monkeypatch.setattr(benchmark_command.large, "compare", lambda *_: [row])
-    options = ["--contestants", "", "--large", "--page", str(tmp_path / "page.md")]
-    done = CliRunner().invoke(benchmark_command.benchmark, options)
+    monkeypatch.setattr(benchmark_command, "compete", lambda *_: textbook())
+
+    def invoke(*options):
+        arguments = [*map(str, options), "--no-bare", "--page", str(tmp_path / "page.md")]
+        return CliRunner().invoke(benchmark_command.benchmark, arguments)
+
+    return invoke
+
+
+def test_many_images_alone_leave_the_other_tables_and_those_leave_them(tmp_path, command, photographs):
+    kept = results([textbook(), {**ours(), "failed": "exit code 1"}])
+    (tmp_path / "page.json").write_text(json.dumps(kept))
+    done = command("--contestants", "", "--large")
     assert done.exit_code == 0, done.output
-    text = (tmp_path / "page.md").read_text()
-    assert "`kubegraft-cold`" in text
-    assert "| b | `fit` | 9 | 1.8 images/s |" in text
     raw = json.loads((tmp_path / "page.json").read_text())
-    assert raw["machine"]["date"] == MACHINE["date"]
-    assert raw["large_machine"]["date"] > "2026-01-01"
+    assert raw["records"] == kept["records"]
+    assert raw["machine"] == MACHINE
+    assert raw["large_run"]["machine"]["date"] != MACHINE["date"]
+    text = (tmp_path / "page.md").read_text()
+    assert "`textbook`" in text
+    assert "| b | `fit` | 9 | 1.8 images/s |" in text
+
+    done = command(photographs, "--contestants", "textbook")
+    assert done.exit_code == 0, done.output
+    again = json.loads((tmp_path / "page.json").read_text())
+    assert again["machine"] != MACHINE
+    assert (again["large"], again["large_run"]) == (raw["large"], raw["large_run"])
+
+
+def test_many_images_need_no_earlier_results(tmp_path, command):
+    assert command("--contestants", "", "--large").exit_code == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "1.8 images/s" in text
+    assert "### Contestants" not in text
+
+
+@pytest.mark.parametrize("content", [None, "{half"])
+def test_tables_whose_results_are_not_there_are_not_overwritten(tmp_path, command, content):
+    (tmp_path / "page.md").write_text(f"# Page\n\n{BEGIN}\n\n| a table |\n\n{END}\n")
+    if content:
+        (tmp_path / "page.json").write_text(content)
+    done = command("--contestants", "", "--large")
+    assert done.exit_code == 2
+    assert "`json-file` must hold" in done.output
+    assert "| a table |" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("options", [["--contestants", ""], ["--large"]])
+def test_there_must_be_something_to_measure(tmp_path, command, options):
+    done = command(*options)
+    assert done.exit_code == 2
+    assert "Received:" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_a_failure_nothing_is_called_warm(tmp_path, monkeypatch):
+    def fails(commands, _):
+        failed = "mobilenet_v2-cold" in str(commands)
+        return Seen(stdout="", seconds=1.0, exit_code=int(failed))
+
+    monkeypatch.setattr(large, "watch", fails)
+    rows = large.compare(tmp_path, 6, 32, lambda _: None)
+    ways = [(row["backbone"], row["way"]) for row in rows]
+    assert ("mobilenet_v2", "kubegraft-cold") in ways
+    assert ("mobilenet_v2", "kubegraft-warm") not in ways
+    assert ("resnet50", "kubegraft-warm") in ways

@@ -91,7 +91,7 @@ def xla_wanted(*, by_default: bool = False) -> bool:
     """Return whether `$KUBEGRAFT_XLA` asks for training steps that XLA compiles: `on` or `off`.
 
     Sums come in another order, so that a run is repeatable with it and without it, but not across. On CPUs
-    depthwise convolutions become up to 16 times slower, and a head on features 1.4 to 2.3 times as fast;
+    depthwise convolutions become up to 16 times slower, and a head on features 1.3 to 2.3 times as fast;
     `kubegraft benchmark --contestants kubegraft-cold,kubegraft-xla` says what it does on a GPU.
 
     Args:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kubegraft.modeling.classifier import ClassifierParts, HeadParts
     from kubegraft.modeling.splitting import SplitBackbone
 
-# An input is dropped by a whole number below this.
+# Each input has a whole number below this, which decides whether it is dropped.
 _NUMBERS: Final = 1 << 32
 
 

@@ -1,4 +1,4 @@
-"""Parts of a training step in the form in which XLA is fast on a CPU: what `trainables` and `steps` call for them.
+"""Parts of a training step in the form in which XLA is fast on a CPU; `trainables` and `steps` call them.
 
 `python -m benchmarks.head_loop` measures what they come to; ADR 13 has the numbers of each.
 """
@@ -67,7 +67,7 @@ def _sum_of_squares(gradient: Any) -> Any:
     """Return the sum of all squares: first of eight rows at a time, then of columns, then of what is left.
 
     XLA adds up one number after the other, unless it is told of sums that don't wait for one another: ten times as
-    fast. Sums in a row it makes one of; the maximum between them, which changes nothing, keeps it from that.
+    fast. It merges consecutive sums into one; the maximum between them, which changes nothing, prevents that.
     """
     rows, columns = math.prod(gradient.shape[:-1]), gradient.shape[-1]
     sums = tf.square(tf.reshape(gradient, [math.gcd(rows, 8), -1, columns]))
