@@ -27,60 +27,58 @@ def layer():
     return made
 
 
-def compiled_gradients(layer, num_examples):
-    inputs = tf.random.stateless_normal([num_examples, DIM], [0, 1])
+def examples(number):
+    return tf.random.stateless_normal([number, DIM], [0, 1])
+
+
+def compiled(function):
+    """The function as XLA compiles it for a CPU."""
 
     @tf.function(jit_compile=True)
-    def compiled(inputs):
+    def traced(*arguments):
         with tracing_for_xla_on_cpu():
-            return gradients_of(layer, inputs, ours=True)
+            return function(*arguments)
 
-    return compiled, inputs
+    return traced
+
+
+def compiled_gradients_of(layer):
+    return compiled(lambda inputs: gradients_of(layer, inputs, ours=True))
 
 
 @pytest.mark.parametrize("num_examples", [1, 63, 64, 200])
 def test_a_dense_layer_and_its_gradients_are_those_of_keras(layer, num_examples):
-    compiled, inputs = compiled_gradients(layer, num_examples)
-    for found, expected in zip(compiled(inputs), gradients_of(layer, inputs, ours=False), strict=True):
+    inputs = examples(num_examples)
+    ours, usual = compiled_gradients_of(layer)(inputs), gradients_of(layer, inputs, ours=False)
+    for found, expected in zip(ours, usual, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_examples", "apart"), [(63, False), (64, True)])
 def test_the_inputs_of_many_examples_are_transposed_before_they_are_multiplied(layer, num_examples, apart):
-    compiled, inputs = compiled_gradients(layer, num_examples)
-    program = compiled.experimental_get_compiler_ir(inputs)(stage="optimized_hlo")
+    program = compiled_gradients_of(layer).experimental_get_compiler_ir(examples(num_examples))(
+        "optimized_hlo"
+    )
     of_kernel = re.findall(rf"f32\[{DIM},{UNITS}\]\S* dot\(.*lhs_contracting_dims={{(\d)}}", program)
     assert of_kernel == ["1" if apart else "0"]
 
 
 def test_elsewhere_keras_computes_it(layer, monkeypatch):
     monkeypatch.setattr(xla_on_cpu, "_product", lambda *_: pytest.fail("not to be called"))
-    inputs = tf.random.stateless_normal([200, DIM], [0, 1])
-    tf.function(lambda: gradients_of(layer, inputs, ours=True))()
+    tf.function(lambda: gradients_of(layer, examples(200), ours=True))()
 
 
 def test_where_precision_is_mixed_keras_casts(layer):
     """The last layer of a head computes in float32 from what hidden layers said in bfloat16."""
-
-    @tf.function(jit_compile=True)
-    def compiled(inputs):
-        with tracing_for_xla_on_cpu():
-            return gradients_of(layer, inputs, ours=True)
-
-    inputs = tf.cast(tf.random.stateless_normal([200, DIM], [0, 1]), tf.bfloat16)
-    found, expected = compiled(inputs), gradients_of(layer, inputs, ours=False)
+    inputs = tf.cast(examples(200), tf.bfloat16)
+    found, expected = compiled_gradients_of(layer)(inputs), gradients_of(layer, inputs, ours=False)
     assert [each.dtype for each in found] == [each.dtype for each in expected]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(tf.cast(one, tf.float32), tf.cast(other, tf.float32), rtol=1e-2, atol=1e-3)
 
 
 def clipped_by_xla(gradients, limit):
-    @tf.function(jit_compile=True)
-    def compiled(gradients):
-        with tracing_for_xla_on_cpu():
-            return clipped(gradients, limit)
-
-    return compiled(gradients)
+    return compiled(lambda *each: clipped(each, limit))(*gradients)
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])

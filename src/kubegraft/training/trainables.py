@@ -144,8 +144,7 @@ def _dropout(inputs: Any, rate: float, position: Any, seed: Any) -> Any:
     """
     if not rate:
         return inputs
-    numbers = _hashed(position, inputs.shape[-1], seed)
-    kept = numbers >= tf.constant(first_kept(rate), tf.uint32)
+    kept = _hashed(position, inputs.shape[-1], seed) >= first_kept(rate)
     return tf.where(kept, inputs / (1 - rate), tf.zeros_like(inputs))
 
 
@@ -163,16 +162,14 @@ def _hashed(position: Any, width: int, seed: Any) -> Any:
     first, second = tf.unstack(
         tf.random.stateless_uniform([2], tf.cast(seed, tf.int32), None, None, tf.uint32, alg="philox")
     )
-    counter = tf.cast(position, tf.uint32)[:, None] * tf.constant(width, tf.uint32)
-    mixed = _folded(counter + tf.cast(tf.range(width), tf.uint32) + first, 16) * tf.constant(
-        0x85EBCA6B, tf.uint32
-    )
-    mixed = (_folded(mixed, 13) ^ second) * tf.constant(0xC2B2AE35, tf.uint32)
+    counter = tf.cast(position, tf.uint32)[:, None] * width + tf.cast(tf.range(width), tf.uint32)
+    mixed = _folded(counter + first, 16) * 0x85EBCA6B
+    mixed = (_folded(mixed, 13) ^ second) * 0xC2B2AE35
     return _folded(mixed, 16)
 
 
 def _folded(numbers: Any, shift: int) -> Any:
-    return numbers ^ tf.bitwise.right_shift(numbers, tf.constant(shift, tf.uint32))
+    return numbers ^ tf.bitwise.right_shift(numbers, shift)
 
 
 def _changing_state(layers: Sequence[Any]) -> list[Any]:
